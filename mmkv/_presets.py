@@ -1,0 +1,55 @@
+"""Presets: short names for methods with settled options, and the catalogue of methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmkv.cache import KIVI, CacheMethod, VidKV
+from mmkv.parts.registry import METHODS, Entry, nearest
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A name for a list of cache methods.
+
+    Args:
+        name: what `mmkv.wrap(model, name)` and `--method name` take.
+        cache: the methods it stands for.
+        summary: one line.
+    """
+
+    name: str
+    cache: tuple[CacheMethod, ...]
+    summary: str
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset("kivi-4", (KIVI(bits=4),), "4-bit keys per channel, 4-bit values per token"),
+        Preset("kivi-2", (KIVI(bits=2),), "2-bit keys per channel, 2-bit values per token"),
+        Preset("vidkv", (VidKV(),), "keys at 1.5 bits by channel class, ternary values"),
+        Preset("vidkv-stp", (VidKV(stp=0.2),), "vidkv, with 2-bit values for the fifth of the vision tokens closest to the text"),
+    )
+}
+
+
+def presets() -> dict[str, str]:
+    """Names of the presets, each with one line on what it does."""
+    return {name: preset.summary for name, preset in PRESETS.items()}
+
+
+def methods() -> tuple[Entry, ...]:
+    """All registered methods: name, kind ("tokens" or "cache"), one-line summary, paper, class."""
+    return tuple(METHODS.values())
+
+
+def preset(name: str) -> Preset:
+    """The preset of this name.
+
+    Raises:
+        ValueError: there is none; the message names the nearest and lists all.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}{nearest(name, PRESETS)} Possible are {', '.join(PRESETS)}.")
+    return PRESETS[name]

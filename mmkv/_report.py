@@ -1,0 +1,169 @@
+"""`Report`: what a wrapped model's cache really holds, and how long its forwards took."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Report:
+    """Numbers of the last forward's cache, counted from the storages that are held.
+
+    Args:
+        kv_bytes: resident bytes of all layers: dense tails, codes, scales, zero points, tables; spare capacity included.
+        kv_bytes_dense: bytes of all tokens seen, uncompressed, in the model's dtype.
+        kv_bits: 8 * kv_bytes over the key and value elements of the tokens held.
+        packed_bits: the same for packed segments alone; None where nothing is packed.
+        tail_bytes: bytes of the dense tails.
+        tokens_seen: valid tokens that entered the cache, summed over the batch.
+        tokens_held: those still stored, averaged over layers.
+        tokens: valid tokens seen per modality.
+        prefill_seconds: duration of the last forward with several new tokens that started a sequence, tower included.
+        decode_tokens_per_second: new tokens per second of forward time after it, per sequence; None before the first.
+    """
+
+    kv_bytes: int = 0
+    kv_bytes_dense: int = 0
+    kv_bits: float = 0.0
+    packed_bits: float | None = None
+    tail_bytes: int = 0
+    tokens_seen: int = 0
+    tokens_held: float = 0
+    tokens: dict[str, int] = field(default_factory=dict)
+    prefill_seconds: float | None = None
+    decode_tokens_per_second: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Dense bytes per resident byte."""
+        return self.kv_bytes_dense / self.kv_bytes if self.kv_bytes else 1.0
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and text of each number, for tables."""
+        packed = "nothing packed" if self.packed_bits is None else f"{self.packed_bits:.2f} bits per element"
+        modality = ", ".join(f"{count:,} {name}" for name, count in self.tokens.items() if count)
+        prefill = "-" if self.prefill_seconds is None else f"{self.prefill_seconds:.3f} s"
+        speed = "-" if self.decode_tokens_per_second is None else f"{self.decode_tokens_per_second:.1f} tokens/s"
+        return [
+            ("KV cache, resident", f"{size(self.kv_bytes)} ({self.ratio:.1f}x smaller than dense)"),
+            ("KV cache, if dense", size(self.kv_bytes_dense)),
+            ("bits, whole cache", f"{self.kv_bits:.2f} bits per element"),
+            ("bits, packed part", packed),
+            ("dense tail", size(self.tail_bytes)),
+            ("tokens seen", f"{self.tokens_seen:,} ({modality})"),
+            ("tokens held", f"{self.tokens_held:,.0f} per layer"),
+            ("prefill", prefill),
+            ("decode", speed),
+        ]
+
+    def __rich__(self):
+        from rich.table import Table
+
+        table = Table("mmkv report", "", title_justify="left")
+        for label, text in self.rows():
+            table.add_row(label, text)
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=100, no_color=True)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get().rstrip()
+
+
+def size(count: float) -> str:
+    """Bytes in the unit a person would use."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def report(model) -> Report:
+    """The numbers of a wrapped model's last forward.
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
+    from mmkv._wrap import session
+
+    return session(model).meter.report()
+
+
+def storage_bytes(tensors) -> int:
+    """Bytes of the storages behind tensors, each counted once and whole: a view keeps all of its storage alive."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+    return sum(storages.values())
+
+
+class Meter:
+    """Measures a session: bytes after each forward of the decoder, seconds of each forward of the model."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._cuda = any(p.is_cuda for p in model.parameters())
+        self._numbers: dict = {}
+        self._new = self._seen = 0
+        self._begun: float | None = None
+        self._prefill: float | None = None
+        self._decode_tokens, self._decode_seconds = 0, 0.0
+
+    def _clock(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def start(self) -> None:
+        """A forward of the model begins."""
+        self._begun, self._new = self._clock(), 0
+
+    def stop(self) -> None:
+        """It has ended."""
+        if self._begun is None or not self._new:
+            return
+        seconds, self._begun = self._clock() - self._begun, None
+        if self._seen == self._new:  # the first tokens of a sequence
+            self._prefill = seconds
+            self._decode_tokens, self._decode_seconds = 0, 0.0
+        elif self._new == 1:
+            self._decode_tokens += 1
+            self._decode_seconds += seconds
+
+    def read(self, layers, state) -> None:
+        """Count what the layers hold, after a forward of the decoder."""
+        layout = state.layout
+        self._new, self._seen = len(layout) - self._seen if self._seen < len(layout) else len(layout), len(layout)
+        tensors = [t for layer in layers for t in layer.tensors()]
+        tails = [t for layer in layers for t in (layer.keys, layer.values)]
+        packed = [t for layer in layers for segment in layer.segments for t in segment.tensors()]
+        valid = layout.valid
+        seen = int(valid.sum())
+        dense = held_elements = packed_elements = held = 0
+        for layer in layers:
+            per_token = layer.keys.shape[1] * (layer.keys.shape[3] + layer.values.shape[3])
+            dense += seen * per_token * layer.keys.element_size()
+            in_segments = sum(int(segment.tokens().sum()) for segment in layer.segments)
+            in_tail = sum(int(valid[row, max(layer.start, first) :].sum()) for row, first in enumerate(layer.packed_to))
+            held += in_segments + in_tail
+            held_elements += (in_segments + in_tail) * per_token
+            packed_elements += in_segments * per_token
+        total = storage_bytes(tensors)
+        self._numbers = dict(
+            kv_bytes=total,
+            kv_bytes_dense=dense,
+            kv_bits=8 * total / held_elements if held_elements else 0.0,
+            packed_bits=8 * storage_bytes(packed) / packed_elements if packed_elements else None,
+            tail_bytes=storage_bytes(tails),
+            tokens_seen=seen,
+            tokens_held=held / len(layers),
+            tokens=layout.counts(),
+        )
+
+    def report(self) -> Report:
+        speed = self._decode_tokens / self._decode_seconds if self._decode_seconds else None
+        return Report(**self._numbers, prefill_seconds=self._prefill, decode_tokens_per_second=speed)

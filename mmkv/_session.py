@@ -1,0 +1,144 @@
+"""`Session`: what `wrap` leaves on a model: hooks that feed the cache its layout, and what they measured."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cached_property
+
+import torch
+
+from mmkv._report import Meter
+from mmkv.cache import NAME, Cache, CacheMethod, adopt, register, state_of
+from mmkv.layout import TokenLayout
+from mmkv.models import Adapter
+
+
+class Session:
+    """One wrapped model. Holds no cache and no tensor of any forward once that forward is over.
+
+    Args:
+        adapter: of the model.
+        method: how tokens are stored, None to keep everything.
+        positions: "stock" or "trained".
+    """
+
+    def __init__(self, adapter: Adapter, method: CacheMethod | None, positions: str):
+        self.adapter, self.method, self.positions = adapter, method, positions
+        self.text_config = adapter.text_config
+        self.stock = self.text_config._attn_implementation
+        self.meter = Meter(adapter.model)
+        self._inputs: dict = {}  # keywords of the forward in progress
+        self._hooks: list = []
+
+    def attach(self) -> None:
+        """Plug in. Undone by `detach`."""
+        register()
+        model, text_model = self.adapter.model, self.adapter.text_model
+        for module in self.adapter.attention_modules():
+            module._mmkv_stock = self.stock
+        self.text_config._attn_implementation = NAME
+        self._hooks = [
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            model.register_forward_hook(self._after_model, always_call=True),
+            text_model.register_forward_pre_hook(self._before_text, with_kwargs=True),
+            text_model.register_forward_hook(self._after_text, with_kwargs=True),
+        ]
+        model._mmkv = self
+
+    def detach(self) -> None:
+        """Leave the model as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.text_config._attn_implementation = self.stock
+        for module in self.adapter.attention_modules():
+            module.__dict__.pop("_mmkv_stock", None)
+        self.adapter.model.__dict__.pop("_mmkv", None)
+
+    @cached_property
+    def _parameters(self) -> list[str]:
+        return list(inspect.signature(self.adapter.model.forward).parameters)
+
+    def _before_model(self, module, args, kwargs):
+        self.meter.start()
+        if args:
+            kwargs = {**dict(zip(self._parameters, args)), **kwargs}
+        if kwargs.get("output_attentions") or self.text_config.output_attentions:
+            raise ValueError("output_attentions does not work with a wrapped model: attention weights are never formed")
+        self._refuse_unmasked(kwargs)
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            adopt(cache, self.text_config, self.method)
+        if self.positions == "trained":
+            kwargs = self._with_trained_positions(kwargs, state_of(cache))
+        self._inputs = kwargs
+        return (), kwargs
+
+    def _refuse_unmasked(self, kwargs: dict) -> None:
+        """A padded batch without a mask would let padding into the statistics of every group."""
+        ids, pad = kwargs.get("input_ids"), self.text_config.pad_token_id
+        if self.method is None or pad is None or ids is None or kwargs.get("attention_mask") is not None:
+            return
+        if ids.dim() == 2 and ids.shape[0] > 1 and ids.shape[1] > 1 and bool((ids[:, 0] == pad).any() or (ids[:, -1] == pad).any()):
+            raise ValueError(f"this batch holds padding (id {pad}) but no attention_mask was given; pass attention_mask")
+
+    def _after_model(self, module, args, output):
+        self._inputs = {}
+        self.meter.stop()
+
+    def _before_text(self, module, args, kwargs):
+        embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids", args[0] if args else None)
+        new = embeds if embeds is not None else ids
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = self.text_config.use_cache
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            if not use_cache or (module.training and torch.is_grad_enabled()):
+                return None  # nothing is cached: plain attention, as before
+            cache = kwargs["past_key_values"] = Cache(self.adapter.model)
+        state = adopt(cache, self.text_config, self.method)
+        if embeds is None and self.method is not None:
+            embeds = module.get_input_embeddings()(ids)
+        state.extend(self._chunk(state, new, kwargs), embeds)
+        return args, kwargs
+
+    def _chunk(self, state, new: torch.Tensor, kwargs: dict) -> TokenLayout:
+        """Layout of the new tokens `[B, T, ...]` of this forward."""
+        batch, length = new.shape[:2]
+        chunk = self.adapter.layout(self._inputs, batch, length, state.layout)
+        chunk.valid = _valid(kwargs.get("attention_mask"), batch, length, state.seen)
+        ids = kwargs.get("position_ids")
+        if ids is None:
+            ids = torch.arange(state.seen, state.seen + length)
+        ids = ids.reshape(-1, *ids.shape[-2:]) if ids.dim() > 1 else ids.view(1, 1, -1)
+        ids = ids[-chunk.positions.shape[0] :].to(device="cpu", dtype=torch.int32)
+        chunk.positions = ids.expand(chunk.positions.shape[0], batch, -1).clone()
+        return chunk
+
+    def _with_trained_positions(self, kwargs: dict, state) -> dict:
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        new = ids if ids is not None else embeds
+        batch, length = new.shape[:2]
+        past = None if state is None else state.layout
+        chunk = self.adapter.layout(kwargs, batch, length, past)
+        chunk.valid = _valid(kwargs.get("attention_mask"), batch, length, 0 if past is None else len(past))
+        start = torch.zeros(batch, dtype=torch.int64)
+        if past is not None and len(past):
+            start = (past.positions.amax(0) * past.valid + past.valid - 1).amax(1).long() + 1
+        positions = self.adapter.trained_positions(chunk, start, kwargs)
+        return kwargs if positions is None else {**kwargs, "position_ids": positions.to(new.device)}
+
+    def _after_text(self, module, args, kwargs, output):
+        state = state_of(kwargs.get("past_key_values"))
+        if state is not None:
+            self.meter.read(kwargs["past_key_values"].layers, state)
+
+
+def _valid(mask, batch: int, length: int, seen: int) -> torch.Tensor:
+    """bool `[B, T]` of the new tokens, from the 2-D padding mask of a forward (of all tokens, or of the new ones)."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return torch.ones(batch, length, dtype=torch.bool)
+    if mask.shape[1] < length:
+        raise ValueError(f"attention_mask covers {mask.shape[1]} tokens, {length} new ones came after {seen}")
+    return mask[:, -length:].to(device="cpu", dtype=torch.bool)

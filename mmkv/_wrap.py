@@ -1,0 +1,105 @@
+"""`wrap`, `unwrap`, `wrapped`: join a model and methods, and part them again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import contextmanager
+
+from mmkv._presets import preset as find_preset
+from mmkv._session import Session
+from mmkv.cache import CacheMethod
+from mmkv.models import adapter_for
+
+
+def wrap(model, preset=None, *, tokens=(), cache=(), positions="stock", max_bytes=None, graphs=False):
+    """Make a Hugging Face model store its KV cache as the given methods say. Works in place, undone by `unwrap`.
+
+    Args:
+        model: a transformers model, PEFT-wrapped or not; `mmkv doctor` lists the supported families.
+        preset: a name from `mmkv.presets()`; None with no methods keeps everything, which is stock `generate` to the bit.
+        tokens: vision-token methods (a later version).
+        cache: cache methods, for example `[VidKV(key_bits=1.5)]`; not together with a preset.
+        positions: "stock" (position ids of the installed transformers) or "trained" (the rule Qwen2-VL and Qwen2.5-VL were
+            trained with: text after a video continues behind its last frame; transformers from 5.3 on differs).
+        max_bytes: budget for the cache (a later version).
+        graphs: CUDA graphs for decode steps (a later version).
+
+    Returns:
+        the same model object.
+
+    Raises:
+        TypeError: not a transformers model, or not a cache method.
+        ValueError: unsupported family or head size, unknown preset, model already wrapped.
+    """
+    base = _base(model)
+    if getattr(base, "_mmkv", None) is not None:
+        raise ValueError(f"this {type(base).__name__} is already wrapped; call mmkv.unwrap(model) first")
+    if positions not in ("stock", "trained"):
+        raise ValueError(f"positions {positions!r}: possible are 'stock', 'trained'")
+    for name, value in (("tokens", tuple(tokens)), ("max_bytes", max_bytes), ("graphs", graphs)):
+        if value:
+            raise NotImplementedError(f"wrap({name}=...) comes with a later version of mmkv; leave it out")
+    adapter = adapter_for(base)
+    method = _method(preset, cache)
+    if method is not None:
+        method.check(*adapter.head_dims())
+    session = Session(adapter, method, positions)
+    try:
+        session.attach()
+    except BaseException:
+        session.detach()
+        raise
+    return model
+
+
+def unwrap(model):
+    """Take `wrap` back: the model is what it was, to the bit. Returns the same model object.
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
+    session(model).detach()
+    return model
+
+
+@contextmanager
+def wrapped(model, preset=None, **options):
+    """`with mmkv.wrapped(model, "vidkv") as model:` wraps for the block, and unwraps whatever happens in it."""
+    wrap(model, preset, **options)
+    try:
+        yield model
+    finally:
+        unwrap(model)
+
+
+def session(model) -> Session:
+    """The session of a wrapped model.
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
+    found = getattr(_base(model), "_mmkv", None)
+    if found is None:
+        raise ValueError(f"this {type(model).__name__} is not wrapped by mmkv")
+    return found
+
+
+def _base(model):
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _method(preset, cache) -> CacheMethod | None:
+    if isinstance(preset, CacheMethod):
+        raise TypeError(f"pass methods as cache=[{type(preset).__name__}(...)]; the second argument is a preset's name")
+    cache = tuple(cache) if isinstance(cache, Iterable) else (cache,)
+    if preset is not None and cache:
+        raise ValueError("give a preset or cache=[...], not both")
+    methods = find_preset(preset).cache if preset is not None else cache
+    for method in methods:
+        if not isinstance(method, CacheMethod):
+            raise TypeError(f"cache={method!r} is not a cache method; mmkv.methods() lists them")
+    if len(methods) > 1:
+        names = ", ".join(type(method).__name__ for method in methods)
+        raise NotImplementedError(f"cache=[{names}]: several methods on one cache come with a later version; give one")
+    return methods[0] if methods else None

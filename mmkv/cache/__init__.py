@@ -1,0 +1,16 @@
+"""KV caching: methods, one per file, and what they share (method, formats, segment, layer, state, cache)."""
+
+from mmkv.cache.cache import Cache, adopt, state_of
+from mmkv.cache.formats import ChannelClass, PackFormat, Packer, Side
+from mmkv.cache.interface import NAME, register
+from mmkv.cache.kivi import KIVI
+from mmkv.cache.layer import KVLayer
+from mmkv.cache.method import CacheMethod
+from mmkv.cache.segment import PackedSegment
+from mmkv.cache.state import CacheState
+from mmkv.cache.vidkv import VidKV
+
+__all__ = [
+    "KIVI", "NAME", "Cache", "CacheMethod", "CacheState", "ChannelClass", "KVLayer", "PackFormat", "PackedSegment", "Packer",
+    "Side", "VidKV", "adopt", "register", "state_of",
+]  # fmt: skip

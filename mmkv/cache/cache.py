@@ -1,0 +1,56 @@
+"""The cache object: made by the user as `mmkv.Cache(model)`, or an empty `DynamicCache` adopted in place."""
+
+from __future__ import annotations
+
+from transformers.cache_utils import DynamicCache
+
+from mmkv import compat
+from mmkv.cache.layer import KVLayer
+from mmkv.cache.method import CacheMethod
+from mmkv.cache.state import CacheState
+
+
+class Cache(DynamicCache):
+    """A KV cache for a wrapped model, to be kept over turns: `model.generate(**inputs, past_key_values=cache)`.
+
+    Args:
+        model: a model that `mmkv.wrap` has wrapped; the cache stores tokens as that model's methods say.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        session = getattr(model, "_mmkv", None)
+        if session is None:
+            raise ValueError(f"{type(model).__name__} is not wrapped; call mmkv.wrap(model, ...) first")
+        adopt(self, session.text_config, session.method)
+
+
+def state_of(cache) -> CacheState | None:
+    """The shared state of a cache that mmkv fills, None for any other object."""
+    layers = getattr(cache, "layers", None)
+    return layers[0].state if layers and isinstance(layers[0], KVLayer) else None
+
+
+def adopt(cache, text_config, method: CacheMethod | None) -> CacheState:
+    """Fill an empty `DynamicCache` with our layers; the handle that the user or `generate` holds stays true.
+
+    Raises:
+        TypeError: any other cache object, or one that already holds tokens.
+    """
+    state = state_of(cache)
+    if state is not None:
+        return state
+    name = type(cache).__name__
+    if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
+        offloaded = "an offloading " if getattr(cache, "offloading", False) else ""
+        raise TypeError(f"a wrapped model takes an empty DynamicCache or mmkv.Cache(model), not {offloaded}{name}")
+    if cache.get_seq_length() > 0:
+        raise TypeError(f"a wrapped model takes an empty DynamicCache, this {name} holds {cache.get_seq_length()} tokens")
+    windows = compat.layer_windows(text_config)
+    state = CacheState(method)
+    # a cache made for rollback: told so (5.3 and later), or made without a config so that no layer slides (5.2)
+    full = cache.layer_class_to_replicate is not None and any(windows)
+    state.record_past = full or any(getattr(layer, "record_past", False) for layer in cache.layers)
+    cache.layers = [KVLayer(state, index, window) for index, window in enumerate(windows)]
+    cache.layer_class_to_replicate = None
+    return state

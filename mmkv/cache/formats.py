@@ -1,0 +1,203 @@
+"""What a packed segment stores: `Side` describes keys or values, `PackFormat` both, `Packer` is one in use.
+
+A key format may sort a head's channels into classes of different bits, and put a class into another orthonormal basis
+first. Both are applied to the query instead of being undone on the keys: a permutation and an orthonormal change of
+basis leave q.k as it is. Values are mapped back once, on the output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mmkv.kernels import Blocks, Spec, hadamard, pack_blocks, real_fft
+from mmkv.kernels.spec import Code
+
+
+@dataclass(frozen=True)
+class ChannelClass:
+    """A share of a head's channels and how they are stored.
+
+    Args:
+        share: fraction of the channels, in (0, 1].
+        code: quantizer of these channels.
+        imaginary: with basis "fft", the code of the imaginary parts; None for the same as `code`.
+        basis: "none", or "fft" (the real Fourier transform over the channels of this class).
+    """
+
+    share: float
+    code: Code
+    basis: str = "none"
+    imaginary: Code | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """How keys or values are stored.
+
+    Args:
+        axis: "channel" (a group is one channel over `PackFormat.group` tokens) or "token" (channels of one token).
+        classes: channel classes; channels are ranked by `rank`, the widest go to the first class.
+        rank: statistic over the tokens that orders the channels: "none", "range" (max - min) or "std".
+        joint_rank: one order for all KV heads of a layer (VidKV), else one per head.
+        basis: "none" or "hadamard" (random-sign Hadamard rotation of the head's channels).
+        channel_group: with axis "token", channels that share a scale; 0 for the whole head.
+        scale_bits: 16 (fp16) or 8 (logarithmic bytes).
+    """
+
+    axis: str
+    classes: tuple[ChannelClass, ...]
+    rank: str = "none"
+    joint_rank: bool = True
+    basis: str = "none"
+    channel_group: int = 0
+    scale_bits: int = 16
+
+    def sizes(self, channels: int) -> list[int]:
+        """Channels of each class; a class that rounds to nothing is left out, the last takes the rest."""
+        sizes, left = [], channels
+        for cls in self.classes[:-1]:
+            sizes.append(min(round(cls.share * channels), left))
+            left -= sizes[-1]
+        return sizes + [left]
+
+    def spec(self, channels: int, group: int) -> Spec:
+        """The storage layout of a block of `group` tokens and `channels` channels."""
+        runs: list[tuple[int, Code]] = []
+        for size, cls in zip(self.sizes(channels), self.classes):
+            if size and cls.basis == "fft" and cls.imaginary is not None:
+                real = size // 2 + 1
+                runs += [(real, cls.code)] + ([(size - real, cls.imaginary)] if size > real else [])
+            elif size:
+                runs.append((size, cls.code))
+        channel_group = (self.channel_group or channels) if self.axis == "token" else 0
+        return Spec(self.axis, group, tuple(runs), channel_group, self.scale_bits)
+
+
+@dataclass(frozen=True)
+class PackFormat:
+    """Keys, values, and the tokens per block. `name` is shown in reports."""
+
+    name: str
+    keys: Side
+    values: Side
+    group: int
+
+    def check(self, head_dim: int, value_dim: int) -> None:
+        """Raise ValueError where a head of this size cannot be stored in this format."""
+        self.keys.spec(head_dim, self.group)
+        self.values.spec(value_dim, self.group)
+
+    def bits(self, head_dim: int, value_dim: int | None = None) -> tuple[float, float]:
+        """True bits per key element and per value element of full blocks: codes, scales and zero points."""
+        return self.keys.spec(head_dim, self.group).bits, self.values.spec(value_dim or head_dim, self.group).bits
+
+
+class Packer:
+    """A `PackFormat` at work in one layer: knows the channel order of each (batch element, KV head).
+
+    Args:
+        form: the format.
+        batch, heads: B and Hkv.
+        head_dim, value_dim: channels of keys and of values.
+        device: where the cache lives.
+    """
+
+    def __init__(self, form: PackFormat, batch: int, heads: int, head_dim: int, value_dim: int, device):
+        self.form, self.heads = form, heads
+        self.key_spec = form.keys.spec(head_dim, form.group)
+        self.value_spec = form.values.spec(value_dim, form.group)
+        self.ranked = [form.keys.rank == "none"] * batch  # per batch element: is the channel order known
+        self.order: torch.Tensor | None = None
+        if form.keys.rank != "none":
+            identity = torch.arange(head_dim, dtype=torch.int16, device=device)
+            rows = 1 if form.keys.joint_rank else heads
+            self.order = identity.expand(batch, rows, -1).clone()  # [B, 1 or Hkv, D]
+
+    def fit(self, row: int, keys: torch.Tensor) -> None:
+        """Rank the key channels of batch element `row` by its valid keys `[Hkv, T, D]`."""
+        if self.order is None or self.ranked[row]:
+            return
+        keys = keys.float()
+        if self.form.keys.rank == "range":
+            low, high = keys.amin(1), keys.amax(1)  # [Hkv, D]
+            spread = high.amax(0, keepdim=True) - low.amin(0, keepdim=True) if self.form.keys.joint_rank else high - low
+        else:
+            spread = keys.var(1, unbiased=False)
+            spread = spread.mean(0, keepdim=True) if self.form.keys.joint_rank else spread
+        spread = torch.nan_to_num(spread, nan=0.0)
+        self.order[row] = spread.argsort(dim=-1, descending=True, stable=True).to(torch.int16)
+        self.ranked[row] = True
+
+    def inherit(self, row: int, other: Packer) -> None:
+        """Take the channel order of batch element `row` from an earlier segment of the same format."""
+        if self.order is not None and other.ranked[row]:
+            self.order[row] = other.order[row]
+            self.ranked[row] = True
+
+    def rows(self, index: torch.Tensor) -> None:
+        """Reorder, repeat or select batch elements."""
+        self.ranked = [self.ranked[i] for i in index.tolist()]
+        if self.order is not None:
+            self.order = self.order[index.to(self.order.device)]
+
+    def pack(self, row: int, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor) -> tuple[Blocks, Blocks]:
+        """Pack blocks of batch element `row`.
+
+        Args:
+            keys, values: `[Hkv, N, group, D]`, blocks of tokens.
+            count: int `[N]`, valid tokens of each block.
+
+        Returns:
+            keys and values, `Hkv * N` blocks each, head-major.
+        """
+        count = count.repeat(self.heads)
+        keys = self._to_stored(keys, row)
+        values = self._values_to_stored(values)
+        return (
+            pack_blocks(keys.flatten(0, 1), count, self.key_spec),
+            pack_blocks(values.flatten(0, 1), count, self.value_spec),
+        )
+
+    def _to_stored(self, x: torch.Tensor, row: int) -> torch.Tensor:
+        if self.order is not None:
+            order = self.order[row].long()  # [1 or Hkv, D]
+            x = x.gather(-1, order[:, None, None, :].expand(x.shape))
+        return self._key_basis(x)
+
+    def query(self, q: torch.Tensor) -> torch.Tensor:
+        """Queries `[B, Hq, Tq, D]` in the channel order and basis of the stored keys (fp32 where a basis is changed)."""
+        if self.order is not None:
+            order = self.order.long()
+            if order.shape[1] != 1:
+                order = order.repeat_interleave(q.shape[1] // order.shape[1], dim=1)
+            q = q.gather(-1, order[:, :, None, :].expand(q.shape))
+        return self._key_basis(q)
+
+    def output(self, out: torch.Tensor) -> torch.Tensor:
+        """Attention output `[..., Dv]` (fp32) back in the model's channels."""
+        if self.form.values.basis == "hadamard":
+            return out @ hadamard(out.shape[-1]).to(out)
+        return out
+
+    def _values_to_stored(self, x: torch.Tensor) -> torch.Tensor:
+        if self.form.values.basis == "hadamard":
+            return x.float() @ hadamard(x.shape[-1]).to(x.device).T
+        return x
+
+    def _key_basis(self, x: torch.Tensor) -> torch.Tensor:
+        side = self.form.keys
+        if side.basis == "hadamard":
+            x = x.float() @ hadamard(x.shape[-1]).to(x.device).T
+        if all(cls.basis == "none" for cls in side.classes):
+            return x
+        parts = x.float().split(side.sizes(x.shape[-1]), dim=-1)
+        return torch.cat(
+            [p @ real_fft(p.shape[-1]).to(p).T if cls.basis == "fft" and p.shape[-1] else p for p, cls in zip(parts, side.classes)],
+            dim=-1,
+        )
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The index tensors it holds, for the count of bytes."""
+        return [] if self.order is None else [self.order]

@@ -1,0 +1,239 @@
+"""`KVLayer`: one layer's cache, a list of packed segments and a dense tail."""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from mmkv import compat
+from mmkv.cache.formats import Packer
+from mmkv.cache.method import split
+from mmkv.cache.segment import PackedSegment
+from mmkv.cache.state import CacheState
+from mmkv.cache.view import View
+
+
+class KVLayer(CacheLayerMixin):
+    """Keys and values of one decoder layer.
+
+    `keys`, `values` `[B, Hkv, T, D]` are the dense tail: the tokens at logical positions `start ... seen - 1`. Batch element
+    b holds those before `packed_to[b]` elsewhere (or, left of its padding, nowhere). Everything older lies in
+    `segments`. Keys are stored as the model hands them over, rotated.
+
+    Args:
+        state: shared by the layers of the cache.
+        index: layer index; layer 0 moves the shared state when the cache is cropped or reordered.
+        window: sliding window in tokens, None for full attention.
+    """
+
+    is_croppable = True
+
+    def __init__(self, state: CacheState, index: int, window: int | None = None):
+        super().__init__()
+        self.state, self.index, self.window = state, index, window
+        self.is_sliding = window is not None
+        self.seen = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.start = 0
+        self.segments: list[PackedSegment] = []
+        self.packed_to: list[int] = []
+        self._pending = False
+        self._dropped = 0  # blocks that end before this position were freed (sliding windows)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.packed_to = [0] * key_states.shape[0]
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Append `[B, Hkv, T, D]` keys and values; returns a `View` twice, which attends to all that is held."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.settle()
+        new = key_states.shape[2]
+        if self.seen + new != self.state.seen:
+            raise RuntimeError(
+                f"layer {self.index} was given {new} tokens after {self.seen}, but the model announced {self.state.seen}; "
+                "call the whole wrapped model, not single layers"
+            )
+        # a first fill is adopted, not copied, as transformers' own layer would
+        self.keys = torch.cat([self.keys, key_states], dim=2) if self.keys.shape[2] else key_states
+        self.values = torch.cat([self.values, value_states], dim=2) if self.values.shape[2] else value_states
+        self.seen += new
+        self._pending = True
+        view = View(self, new)
+        return view, view
+
+    def settle(self) -> None:
+        """Store what has left the residual window, and drop what no window can see. Called after the attention."""
+        if not self._pending:
+            return
+        self._pending = False
+        if self.state.method is not None:
+            self._pack()
+        if self.window is not None and not self.state.record_past:
+            self._slide()
+
+    def _pack(self) -> None:
+        method, forms = self.state.method, self.state.method.formats()
+        residual, group = method.residual_window, forms[0].group
+        if self.keys.shape[2] < residual + group:
+            return
+        valid = self.state.layout.valid
+        jobs = []
+        for row, packed_to in enumerate(self.packed_to):
+            first = max(packed_to, self.start)
+            columns = valid[row, first : self.seen].nonzero()[:, 0] + first
+            columns = columns[: max(columns.numel() - residual, 0)]
+            marks = None if self.state.marks is None else self.state.marks[row, columns]
+            parts, cut = split(columns, marks, forms)
+            if parts:
+                jobs.append((row, parts, cut))
+        if not jobs:
+            return
+        for row, parts, cut in jobs:
+            for part in parts:
+                self._store(row, forms[part.form], part.columns)
+            self.packed_to[row] = cut
+        self._trim(min(self.packed_to))
+
+    def _store(self, row: int, form, columns: torch.Tensor) -> None:
+        at = (columns - self.start).to(self.device)
+        span = int(columns[-1] - columns[0]) + 1
+        if span == columns.numel():  # contiguous: a slice, not a copy
+            at = slice(int(columns[0]) - self.start, int(columns[-1]) + 1 - self.start)
+        keys, values = self.keys[row, :, at], self.values[row, :, at]
+        segment = self._segment(row, form)
+        segment.packer.fit(row, keys)
+        segment.append(row, keys, values, columns)
+
+    def _segment(self, row: int, form) -> PackedSegment:
+        """The segment of this format that batch element `row` appends to; a new one where new media came."""
+        same = [s for s in self.segments if s.packer.form == form]
+        holds = [s for s in same if bool(s.tokens()[row] > 0)]
+        fresh = bool(self.state.fresh) and self.state.fresh[row]
+        if same and same[-1] not in holds:
+            # made for another row: join it, with the channel order this row had unless its media are new
+            if holds and not fresh:
+                same[-1].packer.inherit(row, holds[-1].packer)
+            return same[-1]
+        if same and not fresh:
+            return same[-1]
+        batch, heads = self.keys.shape[0], self.keys.shape[1]
+        packer = Packer(form, batch, heads, self.keys.shape[-1], self.values.shape[-1], self.device)
+        self.segments.append(PackedSegment(packer, batch, self.device))
+        return self.segments[-1]
+
+    def _trim(self, start: int) -> None:
+        """Free the tail's tokens before a logical position."""
+        if start > self.start:
+            # clone, or the view would keep the whole prompt alive
+            self.keys = self.keys[:, :, start - self.start :].clone()
+            self.values = self.values[:, :, start - self.start :].clone()
+            self.start = start
+
+    def _slide(self) -> None:
+        """Free what no later query can see. A crop past the window raises then, as in transformers' own sliding layer."""
+        first = self.seen - self.window + 1
+        if first > self.start:
+            self.keys, self.values = self.keys[:, :, first - self.start :], self.values[:, :, first - self.start :]
+            self.start = first
+        if self.segments and first - self._dropped >= self.segments[0].packer.form.group:
+            for segment in self.segments:
+                segment.drop_before(first)
+            self.segments = [s for s in self.segments if not s.empty]
+            self._dropped = first
+
+    def get_mask_sizes(self, query_length) -> tuple[int, int]:
+        return self.seen + compat.query_length(query_length), 0
+
+    def get_seq_length(self) -> int:
+        """Logical length: tokens ever seen."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1 if self.window is None else self.window
+
+    get_max_cache_shape = get_max_length  # its name before 5.3
+
+    def crop(self, argument: int) -> None:
+        """Cut the newest tokens: a negative count to remove, or (transformers 5.2) the length to keep."""
+        length = compat.crop_target(argument, self.seen)
+        self.settle()
+        if self.index == 0:
+            self.state.crop(length)
+        if not self.is_initialized:
+            return
+        if length < self.seen:
+            self._cut(length)
+        if self.window is not None and self.state.record_past:
+            self._slide()
+
+    def _cut(self, length: int) -> None:
+        lost = self.window is not None and not self.state.record_past and self.seen >= self.window
+        if lost:
+            raise RuntimeError(
+                f"cannot crop {self.seen - length} tokens from a sliding-window layer past its window of {self.window}: "
+                "older tokens are gone; use DynamicCache.activate_past_recording() or a window-free layer"
+            )
+        if length < self.start or any(length < packed for packed in self.packed_to):
+            for segment in self.segments:
+                segment.crop(length)
+            self.segments = [s for s in self.segments if not s.empty]
+            self.packed_to = [min(packed, length) for packed in self.packed_to]
+        keep = max(length - self.start, 0)
+        self.keys, self.values = self.keys[:, :, :keep], self.values[:, :, :keep]
+        self.start = min(self.start, length)
+        self.seen = length
+
+    def _rows(self, index: torch.Tensor) -> None:
+        self.settle()
+        if self.index == 0:
+            self.state.rows(index)
+        if not self.is_initialized:
+            return
+        at = index.to(self.keys.device)
+        self.keys, self.values = self.keys.index_select(0, at), self.values.index_select(0, at)
+        self.packed_to = [self.packed_to[i] for i in index.tolist()]
+        for segment in self.segments:
+            segment.rows(index)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._rows(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        indices = torch.as_tensor(indices)
+        self._rows(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self._rows(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+
+    def activate_past_recording(self) -> None:
+        """Keep what a sliding window would drop, so that it can be cropped back."""
+        self.state.record_past = True
+
+    def reset(self) -> None:
+        if self.index == 0:
+            self.state.reset()
+        self.seen = 0
+        self._clear()
+
+    def offload(self) -> None:
+        raise RuntimeError("mmkv's cache does not offload layers; unset cache_implementation='offloaded'")
+
+    prefetch = offload
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.packed_to)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor this layer holds."""
+        tail = [] if self.keys is None else [self.keys, self.values]
+        return tail + [t for segment in self.segments for t in segment.tensors()]

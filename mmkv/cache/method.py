@@ -1,0 +1,87 @@
+"""What a cache method is: a frozen dataclass that says which tokens are stored how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from mmkv.cache.formats import PackFormat
+
+if TYPE_CHECKING:
+    from mmkv.layout import TokenLayout
+
+MIN_RESIDUAL = 32  # newest tokens that always stay dense, so that a rejected draft is cut from the dense tail
+
+
+@dataclass(frozen=True)
+class CacheMethod:
+    """Base of the cache methods. A subclass overrides `formats` and, where tokens differ, `mark` and `split`.
+
+    Every method keeps the newest `residual` tokens dense; what leaves that window is stored in whole groups and never
+    requantized.
+    """
+
+    def formats(self) -> tuple[PackFormat, ...]:
+        """The formats it stores tokens in; the first is the main one, which decoded tokens join."""
+        raise NotImplementedError
+
+    @property
+    def residual_window(self) -> int:
+        """Newest tokens kept dense."""
+        return MIN_RESIDUAL
+
+    def check(self, head_dim: int, value_dim: int) -> None:
+        """Raise ValueError where a model's heads do not fit."""
+        for form in self.formats():
+            form.check(head_dim, value_dim)
+
+    def mark(self, embeds: torch.Tensor, chunk: TokenLayout) -> torch.Tensor | None:
+        """Choose tokens from what the language model is fed, before its first layer.
+
+        Args:
+            embeds: `[B, T, C]`, the new tokens' embeddings, vision features in place.
+            chunk: layout of the new tokens.
+
+        Returns:
+            int8 `[B, T]`: index into `formats()` for each token, or None for the main format throughout.
+        """
+        return None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens of one batch element that go to one format: logical positions, ascending, int64 on the CPU."""
+
+    form: int
+    columns: torch.Tensor
+
+
+def split(columns: torch.Tensor, marks: torch.Tensor | None, forms: tuple[PackFormat, ...]) -> tuple[list[Part], int]:
+    """Decide which of the tokens that have left the residual window are packed now.
+
+    The main format takes whole groups only. What a mark sends elsewhere is packed with it up to the last token of those
+    groups; a marked part may end in a partial group.
+
+    Args:
+        columns: int64 `[n]`, logical positions of valid tokens not yet packed and older than the residual window.
+        marks: int8 `[n]` or None, as `CacheMethod.mark` returns them.
+        forms: the method's formats.
+
+    Returns:
+        parts, and the logical position up to which everything is packed now (0 where nothing is).
+    """
+    main = columns if marks is None else columns[marks == 0]
+    take = main.numel() // forms[0].group * forms[0].group
+    if take == 0:
+        return [], 0
+    # all tokens before the first main token that has to wait
+    cut = int(main[take]) if take < main.numel() else int(columns[-1]) + 1
+    parts = [Part(0, main[:take])]
+    if marks is not None:
+        for form in range(1, len(forms)):
+            chosen = columns[(marks == form) & (columns < cut)]
+            if chosen.numel():
+                parts.append(Part(form, chosen))
+    return parts, cut

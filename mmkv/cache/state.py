@@ -1,0 +1,77 @@
+"""What the layers of one cache share: the layout, the plan, and the marks of tokens that are stored differently."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from mmkv.cache.method import CacheMethod
+from mmkv.layout import TokenLayout
+
+NEW_MEDIA = 256  # vision tokens that justify a segment of their own, with its own channel order
+
+
+@dataclass
+class CacheState:
+    """Shared by all `KVLayer`s of a cache.
+
+    Args:
+        method: how tokens are stored, None to keep everything dense.
+        layout: of all tokens seen so far, padding included.
+        marks: int8 `[B, T]`, format of each token; None where all go to the main format.
+        fresh: bool list, batch elements to which the last forward brought a new image or video.
+        record_past: keep what a sliding window would drop, so that it can be cropped back.
+    """
+
+    method: CacheMethod | None = None
+    layout: TokenLayout | None = None
+    marks: torch.Tensor | None = None
+    fresh: list[bool] = field(default_factory=list)
+    record_past: bool = False
+
+    @property
+    def seen(self) -> int:
+        """Logical length: tokens ever seen, padding included."""
+        return 0 if self.layout is None else len(self.layout)
+
+    def extend(self, chunk: TokenLayout, embeds: torch.Tensor | None) -> None:
+        """Enter the new tokens of a forward, before its first layer."""
+        before = self.layout
+        self.fresh = self._fresh(chunk)
+        marks = self.method.mark(embeds, chunk) if self.method is not None and embeds is not None else None
+        if marks is not None or self.marks is not None:
+            old = self.marks
+            if old is None:
+                old = torch.zeros(chunk.batch, 0 if before is None else len(before), dtype=torch.int8)
+            new = torch.zeros(chunk.batch, len(chunk), dtype=torch.int8) if marks is None else marks.cpu()
+            self.marks = torch.cat([old, new], dim=1)
+        self.layout = chunk if before is None else before.cat(chunk)
+
+    def _fresh(self, chunk: TokenLayout) -> list[bool]:
+        if self.layout is None:
+            return [True] * chunk.batch
+        if not bool(chunk.visual.any()):
+            return [False] * chunk.batch
+        seen = self.layout.medium.amax(1, keepdim=True)
+        return ((chunk.medium > seen) & chunk.visual).sum(1).ge(NEW_MEDIA).tolist()
+
+    def crop(self, length: int) -> None:
+        if self.layout is None:
+            return
+        self.layout = self.layout.crop(length)
+        if self.marks is not None:
+            self.marks = self.marks[:, :length]
+
+    def rows(self, index: torch.Tensor) -> None:
+        if self.layout is None:
+            return
+        index = index.cpu()
+        self.layout = self.layout.rows(index)
+        self.fresh = [self.fresh[i] for i in index.tolist()]
+        if self.marks is not None:
+            self.marks = self.marks[index]
+
+    def reset(self) -> None:
+        self.layout = self.marks = None
+        self.fresh = []

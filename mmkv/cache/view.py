@@ -1,0 +1,125 @@
+"""`View`: what a layer hands to the attention function in place of keys and values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from mmkv import compat
+from mmkv.cache.mask import LazyMask
+from mmkv.kernels import attend_dense, merge, merge_sinks
+
+if TYPE_CHECKING:
+    from mmkv.cache.layer import KVLayer
+
+# keywords of an attention call that say nothing about which key a query may see
+_HARMLESS = {
+    "position_ids", "cache_position", "use_cache", "past_key_values", "output_router_logits", "position_embeddings",
+    "output_hidden_states", "return_dict", "mm_token_type_ids", "logits_to_keep", "training", "num_items_in_batch",
+}  # fmt: skip
+
+
+class View:
+    """Attends to one layer's tokens on behalf of one forward. Lives as long as the attention call.
+
+    Args:
+        layer: the layer, new tokens already appended.
+        new: number of new tokens, which are the queries.
+    """
+
+    def __init__(self, layer: KVLayer, new: int):
+        self.layer, self.new = layer, new
+
+    def attend(self, stock, stock_name: str, module, query: torch.Tensor, mask, **kwargs):
+        """Attention of the new tokens `[B, Hq, T, D]` over everything the layer holds.
+
+        Args:
+            stock: the model's own attention function, used unchanged while everything is dense.
+            stock_name: its name in transformers' registry.
+            mask: what the registered mask function returned, a 4-D mask of the user's, or None.
+            kwargs: as transformers passes them.
+
+        Returns:
+            output `[B, T, Hq, D]` and None (or the weights, where the stock function returns them).
+        """
+        layer = self.layer
+        if not layer.segments:
+            result = self._dense(stock, stock_name, module, query, mask, kwargs)
+        else:
+            result = self._merged(module, query, mask, **kwargs), None
+        layer.settle()
+        return result
+
+    def _dense(self, stock, stock_name, module, query, mask, kwargs):
+        layer = self.layer
+        keys, values, start = layer.keys, layer.values, layer.start
+        if layer.window is not None and layer.state.record_past:
+            # hand over what a stock sliding layer would, so that results are the same to the bit
+            visible = layer.window - 1 + self.new
+            start += max(keys.shape[2] - visible, 0)
+            keys, values = keys[:, :, -visible:], values[:, :, -visible:]
+        if isinstance(mask, LazyMask):
+            mask = mask.stock(stock_name, keys.shape[2], start, keys.device)
+        return stock(module, query, keys, values, mask, **kwargs)
+
+    def _merged(
+        self, module, query, mask, *, scaling=None, dropout=0.0, softcap=None, s_aux=None, sliding_window=None, is_causal=None, **other
+    ):
+        layer = self.layer
+        self._refuse(mask, dropout, is_causal, other)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        batch, _, new, _ = query.shape
+        positions = torch.arange(layer.seen - new, layer.seen, device=query.device).expand(batch, -1)
+        parts = [
+            segment.attend(query, scale=scale, softcap=softcap, q_positions=positions, window=layer.window)
+            for segment in layer.segments
+            if not segment.empty
+        ]
+        tail = attend_dense(query, layer.keys, layer.values, scale=scale, mask=self._tail_mask(positions), softcap=softcap)
+        out, lse = merge(parts + [tail])
+        if s_aux is not None:
+            out, lse = merge_sinks(out, lse, s_aux)
+        return out.to(query.dtype).transpose(1, 2).contiguous()
+
+    def _refuse(self, mask, dropout, is_causal, other) -> None:
+        if isinstance(mask, torch.Tensor):
+            raise ValueError("a 4-D attention mask does not work with a compressed cache; pass the 2-D padding mask")
+        if isinstance(mask, LazyMask) and not mask.plain:
+            raise ValueError("this attention mask (bidirectional or packed blocks) does not work with a compressed cache")
+        if dropout:
+            raise ValueError(f"attention dropout {dropout} does not work with a compressed cache; call model.eval()")
+        if is_causal is False:
+            raise ValueError("attention that is not causal does not work with a compressed cache")
+        unknown = [name for name, value in other.items() if value is not None and value is not False and name not in _HARMLESS]
+        if unknown:
+            raise ValueError(f"attention keyword {', '.join(unknown)} is not supported with a compressed cache")
+
+    def _tail_mask(self, positions: torch.Tensor) -> torch.Tensor | None:
+        """bool `[B, 1, Tq, T]` over the dense tail, None where every query sees all of it."""
+        layer = self.layer
+        length = layer.keys.shape[2]
+        columns = torch.arange(layer.start, layer.start + length)
+        held = layer.state.layout.valid[:, layer.start : layer.start + length]
+        held = held & (columns >= torch.tensor(layer.packed_to)[:, None])
+        plain = bool(held.all())
+        windowed = layer.window is not None and length > layer.window
+        if plain and self.new == 1 and not windowed:
+            return None
+        columns, held = columns.to(positions.device), held.to(positions.device)
+        query, key = positions[:, None, :, None], columns[None, None, None, :]
+        mask = (key <= query) & held[:, None, None, :]
+        if layer.window is not None:
+            mask = mask & (key > query - layer.window)
+        return mask
+
+
+def attention(module, query, key, value, attention_mask, **kwargs):
+    """The function registered as "mmkv": a view attends by itself, plain tensors go to the model's own attention."""
+    name = module._mmkv_stock
+    stock = compat.attention_function(name, module)
+    if isinstance(key, View):
+        return key.attend(stock, name, module, query, attention_mask, **kwargs)
+    if isinstance(attention_mask, LazyMask):
+        attention_mask = attention_mask.stock(name, None, None, key.device)
+    return stock(module, query, key, value, attention_mask, **kwargs)

@@ -1,0 +1,81 @@
+"""What differs between the versions of transformers that mmkv runs on (5.2 to the newest), in one place."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+TRANSFORMERS = Version(transformers.__version__)
+OLDEST_TRANSFORMERS = Version("5.2")
+
+
+def crop_target(argument: int, seen: int) -> int:
+    """Length that a cache of `seen` tokens keeps after `crop(argument)`.
+
+    Negative is a count of tokens to remove, in every version. A positive number is the length to keep (5.2's meaning;
+    newer versions refuse it, we still honour it). Zero keeps nothing in 5.2 and removes nothing from 5.3 on.
+    """
+    if argument < 0:
+        return max(seen + argument, 0)
+    if argument == 0:
+        return 0 if _crop_takes_length() else seen
+    return min(argument, seen)
+
+
+def _crop_takes_length() -> bool:
+    from transformers.cache_utils import DynamicLayer
+
+    return "max_length" in inspect.signature(DynamicLayer.crop).parameters
+
+
+def query_length(argument: int | torch.Tensor) -> int:
+    """Number of new tokens from what `get_mask_sizes` receives: a count, or cache positions before 5.3."""
+    return argument if isinstance(argument, int) else argument.shape[0]
+
+
+def layer_windows(config) -> list[int | None]:
+    """Sliding window in tokens for each decoder layer of a text config, None for full attention.
+
+    Raises:
+        ValueError: a layer type whose cache we do not know (chunked, linear, compressed, shared).
+    """
+    types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if types is None:
+        types = ["sliding_attention" if window is not None else "full_attention"] * config.num_hidden_layers
+    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise ValueError(f"layers of type {', '.join(unknown)} are not supported; possible are full_attention, sliding_attention")
+    return [window if kind == "sliding_attention" else None for kind in types]
+
+
+def attention_function(name: str, module: torch.nn.Module):
+    """The attention function that `name` ("sdpa", "eager", ...) stands for in `module`'s own model file."""
+    if name != "eager" and name is not None:
+        return ALL_ATTENTION_FUNCTIONS[name]
+    for cls in type(module).__mro__:
+        found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if found is not None:
+            return found
+    raise ValueError(f"{type(module).__name__} has no eager attention function; set attn_implementation='sdpa'")
+
+
+def stock_mask(name: str, kwargs: dict, kv_length: int, kv_offset: int):
+    """The mask that transformers would make for the implementation `name`, for keys [kv_offset, kv_offset + kv_length)."""
+    make = ALL_MASK_ATTENTION_FUNCTIONS.get(name)
+    if make is None:
+        return None
+    return make(**{**kwargs, "kv_length": kv_length, "kv_offset": kv_offset})
+
+
+def query_positions(kwargs: dict) -> torch.Tensor:
+    """Logical positions `[Tq]` of the queries, from the keywords a mask function receives."""
+    if "cache_position" in kwargs:
+        return kwargs["cache_position"]
+    return torch.arange(kwargs["q_length"]) + int(kwargs["q_offset"])

@@ -1,0 +1,1 @@
+"""What cache and token methods share: probe, matching, decision."""

@@ -1,0 +1,129 @@
+"""What an adapter answers about its model, and the list of families that have one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from mmkv.layout import IMAGE, VIDEO, TokenLayout
+
+
+class Adapter:
+    """Where a family keeps its decoder, and what each of its tokens is. Knows no method.
+
+    Args:
+        model: the top-level Hugging Face model (already taken out of PEFT).
+    """
+
+    families: tuple[str, ...] = ()  # config.model_type values
+    axes = 1  # rows of position ids: 1, or 3 for mrope
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+
+    @property
+    def text_model(self) -> torch.nn.Module:
+        """The decoder stack: the module with `.layers` whose forward takes `past_key_values`."""
+        return self.model.model.language_model
+
+    @property
+    def text_config(self):
+        """The configuration that the decoder's layers read their attention implementation from."""
+        return self.text_model.config
+
+    def attention_modules(self) -> list[torch.nn.Module]:
+        """The self-attention module of each decoder layer, in order."""
+        return [layer.self_attn for layer in self.text_model.layers]
+
+    def head_dims(self) -> tuple[int, int]:
+        """Channels per head of keys and of values."""
+        config = self.text_config
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return size, size
+
+    def modality(self, inputs: dict, batch: int, length: int) -> torch.Tensor:
+        """int8 `[B, T]`: TEXT, IMAGE or VIDEO for each new token, from the keywords of the model's forward."""
+        out = torch.zeros(batch, length, dtype=torch.int8)
+        ids = inputs.get("input_ids")
+        kinds = inputs.get("mm_token_type_ids")
+        if ids is not None and ids.shape == (batch, length):
+            image, video = self.placeholder_ids()
+            out[(ids == image).cpu()] = IMAGE
+            out[(ids == video).cpu()] = VIDEO
+        elif kinds is not None and kinds.shape == (batch, length):
+            out = kinds.cpu().to(torch.int8).clamp(0, VIDEO)
+        return out
+
+    def placeholder_ids(self) -> tuple[int, int]:
+        """Token ids that stand for image and for video features; -1 where the model has none."""
+        return -1, -1
+
+    def grids(self, inputs: dict, kind: int) -> list[list[tuple[int, int, int]]]:
+        """Grid of each medium of a modality in the batch, in order: a list of (frames, rows, cols) parts of tokens each.
+
+        A part with rows = 0 stands for `frames` tokens that lie on no grid (a newline).
+        """
+        return []
+
+    def layout(self, inputs: dict, batch: int, length: int, past: TokenLayout | None) -> TokenLayout:
+        """Layout of the new tokens of one forward; validity and position ids are filled in by the caller.
+
+        Args:
+            inputs: keywords of the model's forward; empty where only the decoder was called.
+            batch, length: shape of the new tokens.
+            past: layout of the tokens before them.
+        """
+        chunk = TokenLayout.text(batch, length, self.axes)
+        chunk.modality = self.modality(inputs, batch, length)
+        if not bool(chunk.visual.any()):
+            return chunk
+        counts = torch.zeros(batch, dtype=torch.int64) if past is None else past.medium.amax(1).long() + 1
+        for kind in (IMAGE, VIDEO):
+            _place(chunk, kind, self.grids(inputs, kind), counts)
+        return chunk
+
+    def trained_positions(self, chunk: TokenLayout, start: torch.Tensor, inputs: dict) -> torch.Tensor | None:
+        """Position ids `[A, B, T]` by the rule the checkpoints were trained with, None where it equals the installed one."""
+        return None
+
+
+def _place(chunk: TokenLayout, kind: int, grids: list[list[tuple[int, int, int]]], counts: torch.Tensor) -> None:
+    """Write medium, frame, row and col of the tokens of one modality; media follow one another through the batch."""
+    rows, columns = (chunk.modality == kind).nonzero(as_tuple=True)
+    frame, row, col, medium_length = [], [], [], []
+    for parts in grids:
+        first = 0
+        for frames, height, width in parts:
+            if height == 0:
+                frame.append(torch.full((frames,), max(first - 1, 0)))
+                row.append(torch.full((frames,), -1))
+                col.append(torch.full((frames,), -1))
+                continue
+            cells = torch.cartesian_prod(torch.arange(frames), torch.arange(height), torch.arange(width)).view(-1, 3)
+            frame.append(cells[:, 0] + first)
+            row.append(cells[:, 1])
+            col.append(cells[:, 2])
+            first += frames
+        medium_length.append(sum(max(h * w, 1) * f for f, h, w in parts))
+    if sum(medium_length) != rows.numel():
+        # features given without their grid (precomputed, or a chunk of one): each row's tokens count as one medium
+        chunk.medium[rows, columns] = counts[rows].to(torch.int32)
+        counts += (chunk.modality == kind).any(1).long()
+        return
+    if not medium_length:
+        return
+    chunk.frame[rows, columns] = torch.cat(frame).to(torch.int32)
+    chunk.row[rows, columns] = torch.cat(row).to(torch.int16)
+    chunk.col[rows, columns] = torch.cat(col).to(torch.int16)
+    at = 0
+    for length in medium_length:
+        batch_row = int(rows[at])
+        chunk.medium[batch_row, columns[at : at + length]] = int(counts[batch_row])
+        counts[batch_row] += 1
+        at += length
+
+
+def supported(adapters: Iterable[type[Adapter]]) -> str:
+    """The supported model types, for error messages."""
+    return ", ".join(sorted({family for adapter in adapters for family in adapter.families}))
