@@ -34,6 +34,7 @@ _HOME = {
     "Cache": "mmkv.cache",
     "open_video": "mmkv.video",
 }
+_ROOMS = {"cache", "demos", "eval", "kernels", "models", "parts", "tokens", "video"}
 
 __all__ = [
     "Cache",
@@ -50,6 +51,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"mmkv.{name}")
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module 'mmkv' has no attribute {name!r}")
@@ -59,4 +62,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted(set(globals()) | set(__all__) | _ROOMS)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmkv.parts.registry import nearest
 from mmkv.video import Video, open_video
 
 if TYPE_CHECKING:
@@ -26,21 +25,17 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer of one cache: the text, and the numbers measured while it was made."""
+    """One answer: the text, and the numbers measured while it was made."""
 
-    cache: str
     text: str
     report: Report
 
 
 def check_preset(name: str) -> str:
-    """The preset's name as given, or UserError with the nearest that exists."""
-    import mmkv
+    """The preset's name as given; before any model is loaded, ValueError with the nearest name where there is none."""
+    from mmkv._presets import preset
 
-    known = [p if isinstance(p, str) else p.name for p in mmkv.presets()]
-    if name not in known:
-        raise UserError(f"no preset {name!r}{nearest(name, known)}; there are {', '.join(known)}")
-    return name
+    return preset(name).name
 
 
 def sample(path: str, fps: float | None = None, frames: int | None = None) -> Video:
@@ -79,8 +74,7 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> tupl
     if name == TINY:
         from mmkv.models import tiny
 
-        model, processor = tiny.load()
-        return model.to(place, kind).eval(), processor
+        return tiny.load(place, kind)
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
@@ -92,16 +86,15 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> tupl
     return model.to(place).eval(), processor
 
 
-def check_words(question: str) -> None:
+def check_words(processor: Any, question: str) -> None:
     """Raise UserError where a question for the bundled model holds words that it was never taught."""
-    from mmkv.models import tiny
+    from mmkv.models.tiny import answer as known
 
-    unknown = list(tiny.unknown_words(question))
+    unknown = known.unknown_words(processor, question)
     if unknown:
-        forms = tiny.question_forms() if callable(tiny.question_forms) else tiny.question_forms
         raise UserError(
             f"the bundled model knows a small synthetic world and not the word{'s' * (len(unknown) > 1)} "
-            f"{', '.join(map(repr, unknown))}; it answers questions such as:\n  " + "\n  ".join(forms)
+            f"{', '.join(map(repr, unknown))}; it answers questions such as:\n  " + "\n  ".join(known.question_forms())
         )
 
 
@@ -138,9 +131,7 @@ def prepare(model: Any, processor: Any, frames: np.ndarray, fps: float, question
     return dict(inputs)
 
 
-def answer(
-    model: Any, processor: Any, inputs: dict[str, Any], method: str | None, max_new_tokens: int, name: str
-) -> Answer:
+def answer(model: Any, processor: Any, inputs: dict[str, Any], method: str | None, max_new_tokens: int) -> Answer:
     """Greedy answer with one preset (None: the stock cache), the model left as it was found."""
     import mmkv
 
@@ -148,11 +139,13 @@ def answer(
         out = wrapped.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         numbers = mmkv.report(wrapped)
     new = out[:, inputs["input_ids"].shape[1] :]
-    return Answer(name, processor.batch_decode(new, skip_special_tokens=True)[0].strip(), numbers)
+    return Answer(processor.batch_decode(new, skip_special_tokens=True)[0].strip(), numbers)
 
 
-def warm_up(model: Any, processor: Any, frames: np.ndarray, fps: float, question: str, methods: list[str | None]) -> None:
+def warm_up(
+    model: Any, processor: Any, frames: np.ndarray, fps: float, question: str, methods: list[str | None]
+) -> None:
     """Answer once about the first frames, so that start-up costs of the process are in nobody's times."""
     inputs = prepare(model, processor, frames[:WARM_FRAMES], fps, question)
     for method in methods:
-        answer(model, processor, inputs, method, 2, "")
+        answer(model, processor, inputs, method, 2)

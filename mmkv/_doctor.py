@@ -1,4 +1,4 @@
-"""What `mmkv doctor` finds: versions, device, kernels, video readers, and what is missing with the command to get it."""
+"""What `mmkv doctor` finds: versions, device, kernels, video readers, and what is missing."""
 
 from __future__ import annotations
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+import weakref
 from dataclasses import dataclass, field
 
 import torch
+
+PROMPT = 32  # a forward with more new tokens than this reads a prompt; drafts of assisted decoding are shorter
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,9 @@ class Report:
         tokens_seen: valid tokens that entered the cache, summed over the batch.
         tokens_held: those still stored, averaged over layers.
         tokens: valid tokens seen per modality.
-        prefill_seconds: duration of the last forward with several new tokens that started a sequence, tower included.
-        decode_tokens_per_second: new tokens per second of forward time after it, per sequence; None before the first.
+        prefill_seconds: duration of the forwards that read prompts (the first one, and those with more than 32 new tokens), vision
+            tower included, since the cache was empty.
+        decode_tokens_per_second: growth of the sequence per second of all other forwards; None before the first.
     """
 
     kv_bytes: int = 0
@@ -105,11 +109,12 @@ def storage_bytes(tensors) -> int:
 class Meter:
     """Measures a session: bytes after each forward of the decoder, seconds of each forward of the model."""
 
-    def __init__(self, model: torch.nn.Module):
-        self._cuda = any(p.is_cuda for p in model.parameters())
+    def __init__(self) -> None:
         self._numbers: dict = {}
-        self._new = self._seen = 0
+        self._cuda = False
         self._begun: float | None = None
+        self._stream = None  # weak reference to the state of the cache that the last forward used
+        self._before = self._seen = 0  # its logical length before and after that forward
         self._prefill: float | None = None
         self._decode_tokens, self._decode_seconds = 0, 0.0
 
@@ -118,47 +123,54 @@ class Meter:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def start(self) -> None:
+    def start(self, model: torch.nn.Module) -> None:
         """A forward of the model begins."""
-        self._begun, self._new = self._clock(), 0
+        self._cuda = next(model.parameters()).is_cuda
+        self._begun = self._clock()
 
     def stop(self) -> None:
-        """It has ended."""
-        if self._begun is None or not self._new:
+        """It has ended, or failed."""
+        begun, self._begun = self._begun, None
+        grown, self._before = self._seen - self._before, self._seen
+        if begun is None or grown <= 0:
             return
-        seconds, self._begun = self._clock() - self._begun, None
-        if self._seen == self._new:  # the first tokens of a sequence
-            self._prefill = seconds
-            self._decode_tokens, self._decode_seconds = 0, 0.0
-        elif self._new == 1:
-            self._decode_tokens += 1
+        seconds = self._clock() - begun
+        if grown == self._seen:  # the first tokens of a sequence
+            self._prefill, self._decode_tokens, self._decode_seconds = seconds, 0, 0.0
+        elif grown > PROMPT and self._prefill is not None:
+            self._prefill += seconds
+        else:
+            self._decode_tokens += grown
             self._decode_seconds += seconds
 
     def read(self, layers, state) -> None:
         """Count what the layers hold, after a forward of the decoder."""
         layout = state.layout
-        self._new, self._seen = len(layout) - self._seen if self._seen < len(layout) else len(layout), len(layout)
-        tensors = [t for layer in layers for t in layer.tensors()]
-        tails = [t for layer in layers for t in (layer.keys, layer.values)]
-        packed = [t for layer in layers for segment in layer.segments for t in segment.tensors()]
+        if self._stream is None or self._stream() is not state:
+            self._stream, self._before = weakref.ref(state), len(layout) - layers[0].new
+        self._seen = len(layout)
         valid = layout.valid
         seen = int(valid.sum())
         dense = held_elements = packed_elements = held = 0
+        in_tails: dict = {}
         for layer in layers:
             per_token = layer.keys.shape[1] * (layer.keys.shape[3] + layer.values.shape[3])
             dense += seen * per_token * layer.keys.element_size()
-            in_segments = sum(int(segment.tokens().sum()) for segment in layer.segments)
-            in_tail = sum(int(valid[row, max(layer.start, first) :].sum()) for row, first in enumerate(layer.packed_to))
-            held += in_segments + in_tail
-            held_elements += (in_segments + in_tail) * per_token
-            packed_elements += in_segments * per_token
-        total = storage_bytes(tensors)
+            packed = sum(sum(segment.tokens) for segment in layer.segments)
+            split = (layer.start, *layer.packed_to)  # alike in most layers
+            if split not in in_tails:
+                in_tails[split] = sum(int(valid[row, max(layer.start, p) :].sum()) for row, p in enumerate(layer.packed_to))
+            held += packed + in_tails[split]
+            held_elements += (packed + in_tails[split]) * per_token
+            packed_elements += packed * per_token
+        total = storage_bytes(t for layer in layers for t in layer.tensors())
+        packed_bytes = storage_bytes(t for layer in layers for s in layer.segments for t in s.tensors())
         self._numbers = dict(
             kv_bytes=total,
             kv_bytes_dense=dense,
             kv_bits=8 * total / held_elements if held_elements else 0.0,
-            packed_bits=8 * storage_bytes(packed) / packed_elements if packed_elements else None,
-            tail_bytes=storage_bytes(tails),
+            packed_bits=8 * packed_bytes / packed_elements if packed_elements else None,
+            tail_bytes=storage_bytes(t for layer in layers for t in (layer.keys, layer.values)),
             tokens_seen=seen,
             tokens_held=held / len(layers),
             tokens=layout.counts(),

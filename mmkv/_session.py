@@ -26,7 +26,7 @@ class Session:
         self.adapter, self.method, self.positions = adapter, method, positions
         self.text_config = adapter.text_config
         self.stock = self.text_config._attn_implementation
-        self.meter = Meter(adapter.model)
+        self.meter = Meter()
         self._inputs: dict = {}  # keywords of the forward in progress
         self._hooks: list = []
 
@@ -60,7 +60,7 @@ class Session:
         return list(inspect.signature(self.adapter.model.forward).parameters)
 
     def _before_model(self, module, args, kwargs):
-        self.meter.start()
+        self.meter.start(module)
         if args:
             kwargs = {**dict(zip(self._parameters, args)), **kwargs}
         if kwargs.get("output_attentions") or self.text_config.output_attentions:
@@ -132,6 +132,7 @@ class Session:
     def _after_text(self, module, args, kwargs, output):
         state = state_of(kwargs.get("past_key_values"))
         if state is not None:
+            state.scratch = {}
             self.meter.read(kwargs["past_key_values"].layers, state)
 
 

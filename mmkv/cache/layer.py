@@ -41,6 +41,7 @@ class KVLayer(CacheLayerMixin):
         self.start = 0
         self.segments: list[PackedSegment] = []
         self.packed_to: list[int] = []
+        self.new = 0  # tokens of the last update
         self._pending = False
         self._dropped = 0  # blocks that end before this position were freed (sliding windows)
 
@@ -64,7 +65,7 @@ class KVLayer(CacheLayerMixin):
         # a first fill is adopted, not copied, as transformers' own layer would
         self.keys = torch.cat([self.keys, key_states], dim=2) if self.keys.shape[2] else key_states
         self.values = torch.cat([self.values, value_states], dim=2) if self.values.shape[2] else value_states
-        self.seen += new
+        self.seen, self.new = self.seen + new, new
         self._pending = True
         view = View(self, new)
         return view, view
@@ -115,7 +116,7 @@ class KVLayer(CacheLayerMixin):
     def _segment(self, row: int, form) -> PackedSegment:
         """The segment of this format that batch element `row` appends to; a new one where new media came."""
         same = [s for s in self.segments if s.packer.form == form]
-        holds = [s for s in same if bool(s.tokens()[row] > 0)]
+        holds = [s for s in same if s.tokens[row]]
         fresh = bool(self.state.fresh) and self.state.fresh[row]
         if same and same[-1] not in holds:
             # made for another row: join it, with the channel order this row had unless its media are new

@@ -24,6 +24,7 @@ class PackedSegment:
         empty = torch.zeros(batch * self.heads, 0, dtype=torch.int32, device=device)
         self.block, self.count, self.start = empty, empty.clone(), empty.clone()
         self.positions: torch.Tensor | None = None  # int32 [B, S, group] where tokens are scattered
+        self.tokens = [0] * batch  # held by each batch element; on the host, so that counting never waits for a device
 
     def append(self, row: int, keys: torch.Tensor, values: torch.Tensor, columns: torch.Tensor) -> None:
         """Pack tokens of batch element `row` behind those it has.
@@ -51,6 +52,7 @@ class PackedSegment:
         self.keys = packed[0] if self.keys is None else self.keys.cat(packed[0])
         self.values = packed[1] if self.values is None else self.values.cat(packed[1])
         self._enter(row, first, count.to(device), columns, slots, group)
+        self.tokens[row] += n
 
     def _enter(self, row, first, count, columns, slots, group) -> None:
         device = self.block.device
@@ -158,6 +160,7 @@ class PackedSegment:
         if self.positions is not None:
             by_row = order[:: self.heads, :, None].expand(-1, -1, self.positions.shape[-1])
             self.positions = self.positions.gather(1, by_row)
+        self.tokens = self.count[:: self.heads].sum(1).tolist()
         held = self.count > 0
         used = self.block[held].unique()
         if self.keys is not None and used.numel() < 0.75 * len(self.keys):
@@ -166,13 +169,9 @@ class PackedSegment:
             self.block = torch.where(held, renumber[self.block.long()], torch.zeros_like(self.block))
             self.keys, self.values = self.keys.select(used.long()), self.values.select(used.long())
 
-    def tokens(self) -> torch.Tensor:
-        """int `[B]`: tokens held by each batch element."""
-        return self.count[:: self.heads].sum(1)
-
     @property
     def empty(self) -> bool:
-        return self.keys is None or self.count.numel() == 0
+        return not any(self.tokens)
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor this segment holds: codes, scales, zero points, tables, channel orders."""

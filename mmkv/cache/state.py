@@ -21,6 +21,7 @@ class CacheState:
         layout: of all tokens seen so far, padding included.
         marks: int8 `[B, T]`, format of each token; None where all go to the main format.
         fresh: bool list, batch elements to which the last forward brought a new image or video.
+        scratch: what several layers of one forward need alike (masks); emptied when the forward ends.
         record_past: keep what a sliding window would drop, so that it can be cropped back.
     """
 
@@ -29,6 +30,7 @@ class CacheState:
     marks: torch.Tensor | None = None
     fresh: list[bool] = field(default_factory=list)
     record_past: bool = False
+    scratch: dict = field(default_factory=dict)
 
     @property
     def seen(self) -> int:
@@ -38,6 +40,7 @@ class CacheState:
     def extend(self, chunk: TokenLayout, embeds: torch.Tensor | None) -> None:
         """Enter the new tokens of a forward, before its first layer."""
         before = self.layout
+        self.scratch = {}
         self.fresh = self._fresh(chunk)
         marks = self.method.mark(embeds, chunk) if self.method is not None and embeds is not None else None
         if marks is not None or self.marks is not None:

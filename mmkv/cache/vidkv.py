@@ -40,6 +40,8 @@ class VidKV(CacheMethod):
         fft: Fourier basis on the 1-bit channels.
         value_basis: "channel" (a group is one channel over the tokens, the paper's) or "rotated" (random-sign Hadamard over
             the head, a group is one token).
+        order: channels are ranked per "head", or once per "layer" for all heads (the paper's).
+        scale_bits: 16 (fp16), or 8 for logarithmic bytes (at most 2.2 % off).
         gamma: threshold of the ternary code in units of mean |v|, with codebook "minmax" (paper 0.7, its code 0.5).
         official: the paper's code to the letter where it can be: codebook "minmax", {0, s} easy keys, ternary values decoded
             without a scale, gamma 0.5, one channel order for all heads. Only sane when values have unit magnitude.
@@ -57,6 +59,8 @@ class VidKV(CacheMethod):
     codebook: str = "gaussian"
     fft: bool = True
     value_basis: str = "rotated"
+    order: str = "layer"
+    scale_bits: int = 16
     gamma: float = 0.7
     official: bool = False
 
@@ -70,6 +74,10 @@ class VidKV(CacheMethod):
             raise ValueError(f"codebook {self.codebook!r}: possible are 'gaussian', 'minmax'")
         if self.value_basis not in ("channel", "rotated"):
             raise ValueError(f"value_basis {self.value_basis!r}: possible are 'channel', 'rotated'")
+        if self.order not in ("layer", "head"):
+            raise ValueError(f"order {self.order!r}: possible are 'layer', 'head'")
+        if self.scale_bits not in (8, 16):
+            raise ValueError(f"scale_bits {self.scale_bits}: possible are 8, 16")
         self.formats()
 
     @property
@@ -94,17 +102,22 @@ class VidKV(CacheMethod):
         classes = [ChannelClass(share, hard)] if share else []
         if share < 1:
             classes.append(ChannelClass(1 - share, easy, "fft" if fft else "none", imaginary if fft else None))
-        return Side("channel", tuple(classes), rank="range" if 0 < share < 1 else "none", joint_rank=True)
+        joint = self.order == "layer" or self.official
+        rank = "range" if 0 < share < 1 else "none"
+        return Side("channel", tuple(classes), rank=rank, joint_rank=joint, scale_bits=self.scale_bits)
 
     def _values(self, bits: float) -> Side:
         rotated = self.value_basis == "rotated" and not self.official
         if bits == 1.58 and (self.official or self.codebook == "minmax"):
             gamma = 0.5 if self.official else self.gamma
             quantizer = ternary(gamma, scale="one" if self.official else "fit")
+        elif rotated and self.codebook == "gaussian" and bits <= 4:
+            quantizer = code("rotated", bits)  # a rotated head has no mean to speak of
         else:
-            quantizer = code("minmax" if self.official else self.codebook, bits)
+            quantizer = code("minmax" if self.official or bits > 4 else self.codebook, bits)
         classes = (ChannelClass(1.0, quantizer),)
-        return Side("token" if rotated else "channel", classes, basis="hadamard" if rotated else "none")
+        basis = "hadamard" if rotated else "none"
+        return Side("token" if rotated else "channel", classes, basis=basis, scale_bits=self.scale_bits)
 
     def mark(self, embeds: torch.Tensor, chunk: TokenLayout) -> torch.Tensor | None:
         """STP: score_i = mean over text tokens of the dot product of embeddings (paper eq. 8), the top share is protected."""

@@ -98,6 +98,13 @@ class View:
     def _tail_mask(self, positions: torch.Tensor) -> torch.Tensor | None:
         """bool `[B, 1, Tq, T]` over the dense tail, None where every query sees all of it."""
         layer = self.layer
+        key = (layer.start, layer.keys.shape[2], tuple(layer.packed_to), layer.window, positions.device)
+        if key not in layer.state.scratch:
+            layer.state.scratch[key] = self._make_tail_mask(positions)
+        return layer.state.scratch[key]
+
+    def _make_tail_mask(self, positions: torch.Tensor) -> torch.Tensor | None:
+        layer = self.layer
         length = layer.keys.shape[2]
         columns = torch.arange(layer.start, layer.start + length)
         held = layer.state.layout.valid[:, layer.start : layer.start + length]

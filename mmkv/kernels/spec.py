@@ -23,10 +23,12 @@ class Code:
 
     Args:
         name: shown in reports.
-        levels: 1, 2, 3, 4, 16 or 256 decode levels, ascending. One level stores no codes: the group's zero point stands for all.
+        levels: 1, 2, 3, 4, 16 or 256 decode levels, ascending. One level stores no codes: the group's zero point stands
+            for all.
         bounds: len(levels) - 1 ascending decision thresholds in units of `unit`.
         zero: "none" (0), "min" or "mean" of the group.
-        unit: "range" ((max - min) / (len(levels) - 1)), "absmax" (max |x| / levels[-1]), "std" or "mean_abs" of x - zero.
+        unit: "range" ((max - min) / (len(levels) - 1)), "absmax" (max |x| / levels[-1]), "std" or "mean_abs" of
+            x - zero.
         scale: "unit", "fit" (least squares given the codes) or "one".
     """
 
@@ -41,7 +43,9 @@ class Code:
         if len(self.levels) not in CODES_PER_BYTE:
             raise ValueError(f"{self.name}: {len(self.levels)} levels; possible are {sorted(CODES_PER_BYTE)}")
         if len(self.bounds) != len(self.levels) - 1:
-            raise ValueError(f"{self.name}: {len(self.levels)} levels need {len(self.levels) - 1} bounds, not {len(self.bounds)}")
+            raise ValueError(
+                f"{self.name}: {len(self.levels)} levels need {len(self.levels) - 1} bounds, not {len(self.bounds)}"
+            )
 
     @property
     def per_byte(self) -> int:
@@ -68,8 +72,8 @@ class Spec:
     axis "channel": a group is one channel over the block's tokens. `classes` splits the (already permuted) channels
     into runs, each with its own code. Codes of a block: for class after class, for channel after channel,
     `code.nbytes(group)` bytes along the tokens.
-    axis "token": a group is `channel_group` channels of one token; there is exactly one class. Codes of a block: for token
-    after token, for channel group after channel group, `code.nbytes(channel_group)` bytes along the channels.
+    axis "token": a group is `channel_group` channels of one token; there is exactly one class. Codes of a block: for
+    token after token, for channel group after channel group, `code.nbytes(channel_group)` bytes along the channels.
 
     Scales and zeros lie in the same order (channels of the classes that have them; or tokens x channel groups), fp16.
     With scale_bits 8 a scale is one byte u: `top * 2 ** ((u - 255) / 16)`, 0 for u = 0, with one fp16 `top` per block
@@ -99,7 +103,7 @@ class Spec:
     def code_bytes(self) -> int:
         """Bytes of codes per block."""
         if self.axis == "token":
-            (channels, code), = self.classes
+            ((channels, code),) = self.classes
             return self.group * (channels // self.channel_group) * code.nbytes(self.channel_group)
         return sum(n * code.nbytes(self.group) for n, code in self.classes)
 
@@ -119,5 +123,10 @@ class Spec:
     @cached_property
     def bits(self) -> float:
         """True bits per element of a full block: codes, scales and zero points."""
-        bits = 8 * self.code_bytes + self.scale_bits * self.n_scale + 16 * self.n_zero + (16 if self.scale_bits == 8 else 0)
+        bits = (
+            8 * self.code_bytes
+            + self.scale_bits * self.n_scale
+            + 16 * self.n_zero
+            + (16 if self.scale_bits == 8 else 0)
+        )
         return bits / (self.group * self.channels)

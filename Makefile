@@ -1,0 +1,49 @@
+# make demo   a video, a question, the stock cache and the compressed one side by side
+# make test   lint, types and all tests
+# Both set everything up by themselves (a .venv in this folder) and are quick the second time.
+
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+
+.PHONY: help setup setup-dev demo test lint types format build clean
+
+help:
+	@echo "make demo | test | lint | types | format | build | setup | setup-dev | clean"
+
+# A stamp is renewed when pyproject.toml changes. The development set-up holds all that the plain one does.
+.venv/.ready: pyproject.toml tools/setup.sh
+	@PYTHON="$(PYTHON)" tools/setup.sh
+	@touch $@
+
+.venv/.ready-dev: pyproject.toml tools/setup.sh
+	@PYTHON="$(PYTHON)" tools/setup.sh dev
+	@touch .venv/.ready $@
+
+setup: .venv/.ready
+
+setup-dev: .venv/.ready-dev
+
+demo: .venv/.ready
+	@$(BIN)/python -m mmkv.demos.ask
+
+lint: .venv/.ready-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet . || echo "lint: 'make format' would change some files (no failure)"
+
+types: .venv/.ready-dev
+	@$(BIN)/mypy
+
+format: .venv/.ready-dev
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format .
+
+test: lint types
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+
+build: .venv/.ready-dev
+	@$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf .venv build dist outputs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Demos: what a person runs to see a method at work."""

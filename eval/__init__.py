@@ -1,0 +1,1 @@
+"""Evaluation: what measures accuracy, bytes and time of the methods."""

@@ -1,0 +1,19 @@
+"""Tensors in, tensors out: packing, attention over packed codes, and what attention scores are made of."""
+
+from .attend_dense import attend_dense
+from .attend_packed import attend_packed
+from .basis import hadamard, real_fft
+from .blocks import Blocks
+from .codes import code, gaussian, mean_only, minmax, sign, symmetric, ternary
+from .dispatch import which_kernels
+from .merge import merge, merge_sinks
+from .pack import pack_blocks, unpack_blocks
+from .probe import Mass, probe
+from .spec import Code, Spec
+from .table import Table
+
+__all__ = [
+    "Blocks", "Code", "Mass", "Spec", "Table", "attend_dense", "attend_packed", "code", "gaussian", "hadamard",
+    "mean_only", "merge", "merge_sinks", "minmax", "pack_blocks", "probe", "real_fft", "sign", "symmetric", "ternary",
+    "unpack_blocks", "which_kernels",
+]  # fmt: skip

@@ -1,0 +1,19 @@
+"""Which implementation a call would run."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+TWINS = {"attend_packed": True, "pack_blocks": True, "attend_dense": False, "merge": False, "probe": False}
+
+
+def which_kernels() -> dict[str, str]:
+    """Kernel name -> "triton" or "torch" for tensors on this machine's best device.
+
+    CPU tensors always take the torch reference; CUDA tensors take the Triton twin where there is one, and raise where
+    Triton is not installed.
+    """
+    gpu = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    return {name: "triton" if twin and gpu else "torch" for name, twin in TWINS.items()}

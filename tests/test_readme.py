@@ -1,0 +1,29 @@
+"""The README's example is what runs, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    from mmkv.models.tiny import world
+
+    video = world.make_video(2**42, frames=64)
+    world.write_mp4(video.frames, tmp_path / "video.mp4")
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"<!-- example -->\s*```python\n(.*?)```", README, re.DOTALL)[1]
+    exec(compile(code, "README.md", "exec"), {})
+    out = capsys.readouterr().out
+    answer = next(q.answer for q in video.questions if q.text == "which colour appears first?")
+    assert answer in out.splitlines()[0]
+    assert "KV cache, resident" in out
+
+
+def test_links_to_files_exist():
+    for page in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / page).read_text()):
+            assert (ROOT / target).exists(), f"{page} links to {target}"
