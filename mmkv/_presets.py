@@ -51,5 +51,5 @@ def preset(name: str) -> Preset:
         ValueError: there is none; the message names the nearest and lists all.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}{nearest(name, PRESETS)} Possible are {', '.join(PRESETS)}.")
+        raise ValueError(f"unknown preset {name!r}{nearest(name, PRESETS)}; possible are {', '.join(PRESETS)}")
     return PRESETS[name]

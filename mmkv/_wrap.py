@@ -36,8 +36,8 @@ def wrap(model, preset=None, *, tokens=(), cache=(), positions="stock", max_byte
         raise ValueError(f"this {type(base).__name__} is already wrapped; call mmkv.unwrap(model) first")
     if positions not in ("stock", "trained"):
         raise ValueError(f"positions {positions!r}: possible are 'stock', 'trained'")
-    for name, value in (("tokens", tuple(tokens)), ("max_bytes", max_bytes), ("graphs", graphs)):
-        if value:
+    for name, value in (("tokens", tokens), ("max_bytes", max_bytes), ("graphs", graphs)):
+        if value is not None and value is not False and value != () and value != []:
             raise NotImplementedError(f"wrap({name}=...) comes with a later version of mmkv; leave it out")
     adapter = adapter_for(base)
     method = _method(preset, cache)
@@ -92,11 +92,17 @@ def _base(model):
 def _method(preset, cache) -> CacheMethod | None:
     if isinstance(preset, CacheMethod):
         raise TypeError(f"pass methods as cache=[{type(preset).__name__}(...)]; the second argument is a preset's name")
+    if isinstance(cache, str):
+        raise TypeError(f"cache={cache!r} is a name; presets go second: mmkv.wrap(model, {cache!r})")
+    if cache is None:
+        cache = ()
     cache = tuple(cache) if isinstance(cache, Iterable) else (cache,)
     if preset is not None and cache:
         raise ValueError("give a preset or cache=[...], not both")
     methods = find_preset(preset).cache if preset is not None else cache
     for method in methods:
+        if isinstance(method, type) and issubclass(method, CacheMethod):
+            raise TypeError(f"cache=[{method.__name__}] is a class; give an instance: {method.__name__}()")
         if not isinstance(method, CacheMethod):
             raise TypeError(f"cache={method!r} is not a cache method; mmkv.methods() lists them")
     if len(methods) > 1:

@@ -223,12 +223,12 @@ def llava_image_tokens(model, pixels, sizes) -> int:
     return sum(f.shape[0] for f in features)
 
 
-def second_prompt(model) -> list:
-    """Another prompt, shorter than the default one: for a VLM an image of another size, and a video."""
+def second_prompt(model, media_tokens: int = 96) -> list:
+    """Another prompt: for a VLM an image of another size, and a video."""
     if not is_vlm(model):
         return words(31, 5)
     if model.config.model_type == "llava_onevision":
-        return words(3, 3) + [Image(50, 20), FIRST_TEXT, Video(24)] + words(4, 4)
+        return words(3, 3) + [Image(50, 20), FIRST_TEXT, Video(media_tokens // 4)] + words(4, 4)
     return words(9, 3) + [Image(8, 4), FIRST_TEXT, Video(3, 4, 8)] + words(4, 4)
 
 

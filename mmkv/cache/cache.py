@@ -18,10 +18,10 @@ class Cache(DynamicCache):
     """
 
     def __init__(self, model):
-        super().__init__()
         session = getattr(model, "_mmkv", None)
         if session is None:
             raise ValueError(f"{type(model).__name__} is not wrapped; call mmkv.wrap(model, ...) first")
+        super().__init__(config=session.text_config)
         adopt(self, session.text_config, session.method)
 
 
@@ -41,13 +41,14 @@ def adopt(cache, text_config, method: CacheMethod | None) -> CacheState:
     if state is not None:
         return state
     name = type(cache).__name__
-    if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
+    known = type(cache) is DynamicCache or isinstance(cache, Cache)  # a subclass may do anything around our layers
+    if not known or getattr(cache, "offloading", False):
         offloaded = "an offloading " if getattr(cache, "offloading", False) else ""
         raise TypeError(f"a wrapped model takes an empty DynamicCache or mmkv.Cache(model), not {offloaded}{name}")
     if cache.get_seq_length() > 0:
         raise TypeError(f"a wrapped model takes an empty DynamicCache, this {name} holds {cache.get_seq_length()} tokens")
     windows = compat.layer_windows(text_config)
-    state = CacheState(method)
+    state = CacheState(method, window=min((w for w in windows if w is not None), default=None))
     # a cache made for rollback: told so (5.3 and later), or made without a config so that no layer slides (5.2)
     full = cache.layer_class_to_replicate is not None and any(windows)
     state.record_past = full or any(getattr(layer, "record_past", False) for layer in cache.layers)

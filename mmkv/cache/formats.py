@@ -54,6 +54,10 @@ class Side:
     channel_group: int = 0
     scale_bits: int = 16
 
+    def __post_init__(self):
+        if self.scale_bits not in (8, 16):
+            raise ValueError(f"scale_bits {self.scale_bits!r}: possible are 8, 16")
+
     def sizes(self, channels: int) -> list[int]:
         """Channels of each class; a class that rounds to nothing is left out, the last takes the rest."""
         sizes, left = [], channels
@@ -83,6 +87,10 @@ class PackFormat:
     keys: Side
     values: Side
     group: int
+
+    def __post_init__(self):
+        if not isinstance(self.group, int) or not 8 <= self.group <= 4096:
+            raise ValueError(f"group {self.group!r}: possible are 8 to 4096 tokens")
 
     def check(self, head_dim: int, value_dim: int) -> None:
         """Raise ValueError where a head of this size cannot be stored in this format."""

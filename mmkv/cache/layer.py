@@ -70,6 +70,7 @@ class KVLayer(CacheLayerMixin):
         view = View(self, new)
         return view, view
 
+    @torch.no_grad()
     def settle(self) -> None:
         """Store what has left the residual window, and drop what no window can see. Called after the attention."""
         if not self._pending:
@@ -86,21 +87,17 @@ class KVLayer(CacheLayerMixin):
         if self.keys.shape[2] < residual + group:
             return
         valid = self.state.layout.valid
-        jobs = []
         for row, packed_to in enumerate(self.packed_to):
             first = max(packed_to, self.start)
-            columns = valid[row, first : self.seen].nonzero()[:, 0] + first
-            columns = columns[: max(columns.numel() - residual, 0)]
+            held = valid[row, first : self.seen].nonzero()[:, 0] + first
+            columns = held[: max(held.numel() - residual, 0)]
             marks = None if self.state.marks is None else self.state.marks[row, columns]
             parts, cut = split(columns, marks, forms)
-            if parts:
-                jobs.append((row, parts, cut))
-        if not jobs:
-            return
-        for row, parts, cut in jobs:
             for part in parts:
                 self._store(row, forms[part.form], part.columns)
-            self.packed_to[row] = cut
+            # padding before the first token that waits is nothing to keep
+            waiting = held[held >= cut]
+            self.packed_to[row] = int(waiting[0]) if waiting.numel() else self.seen
         self._trim(min(self.packed_to))
 
     def _store(self, row: int, form, columns: torch.Tensor) -> None:
@@ -166,6 +163,12 @@ class KVLayer(CacheLayerMixin):
         """Cut the newest tokens: a negative count to remove, or (transformers 5.2) the length to keep."""
         length = compat.crop_target(argument, self.seen)
         self.settle()
+        window = self.state.window
+        if length < self.seen and window is not None and self.seen >= window and not self.state.record_past:
+            raise RuntimeError(
+                f"cannot crop {self.seen - length} tokens: a layer's sliding window of {window} is full and older tokens "
+                "are gone; call cache.activate_past_recording() before the prompt"
+            )
         if self.index == 0:
             self.state.crop(length)
         if not self.is_initialized:
@@ -176,12 +179,6 @@ class KVLayer(CacheLayerMixin):
             self._slide()
 
     def _cut(self, length: int) -> None:
-        lost = self.window is not None and not self.state.record_past and self.seen >= self.window
-        if lost:
-            raise RuntimeError(
-                f"cannot crop {self.seen - length} tokens from a sliding-window layer past its window of {self.window}: "
-                "older tokens are gone; use DynamicCache.activate_past_recording() or a window-free layer"
-            )
         if length < self.start or any(length < packed for packed in self.packed_to):
             for segment in self.segments:
                 segment.crop(length)

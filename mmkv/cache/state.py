@@ -18,6 +18,7 @@ class CacheState:
 
     Args:
         method: how tokens are stored, None to keep everything dense.
+        window: the smallest sliding window of any layer, None where none slides.
         layout: of all tokens seen so far, padding included.
         marks: int8 `[B, T]`, format of each token; None where all go to the main format.
         fresh: bool list, batch elements to which the last forward brought a new image or video.
@@ -26,6 +27,7 @@ class CacheState:
     """
 
     method: CacheMethod | None = None
+    window: int | None = None
     layout: TokenLayout | None = None
     marks: torch.Tensor | None = None
     fresh: list[bool] = field(default_factory=list)

@@ -76,8 +76,8 @@ class VidKV(CacheMethod):
             raise ValueError(f"value_basis {self.value_basis!r}: possible are 'channel', 'rotated'")
         if self.order not in ("layer", "head"):
             raise ValueError(f"order {self.order!r}: possible are 'layer', 'head'")
-        if self.scale_bits not in (8, 16):
-            raise ValueError(f"scale_bits {self.scale_bits}: possible are 8, 16")
+        if self.value_bits not in (1.58, 2, 4, 8):
+            raise ValueError(f"value_bits {self.value_bits!r}: possible are 1.58, 2, 4, 8")
         self.formats()
 
     @property

@@ -21,23 +21,23 @@ MAX_VALUE_CHANNELS = 512
 @triton.jit
 def _key_class(
     b_s, p_q, m_m, s_qd, p_codes, p_scale, p_zero, b_top, p_lut, p_power, o_t, m_t,
-    CLASS: tl.constexpr, SCALE8: tl.constexpr, BC: tl.constexpr, PREC: tl.constexpr,
+    CLASSES: tl.constexpr, I: tl.constexpr, SCALE8: tl.constexpr, BC: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Adds the scores of one class of channels, groups along tokens, to b_s [BM, BT]."""
-    for c in range(0, CLASS[0], BC):
+    for c in range(0, CLASSES[I][0], BC):
         o_c = c + tl.arange(0, BC)
-        m_c = o_c < CLASS[0]
-        o_q = (CLASS[1] + o_c).to(tl.int64) * s_qd
+        m_c = o_c < CLASSES[I][0]
+        o_q = (CLASSES[I][1] + o_c).to(tl.int64) * s_qd
         b_q = tl.load(p_q[:, None] + o_q[None, :], mask=m_m[:, None] & m_c[None, :], other=0.0).to(tl.float32)
-        if CLASS[10] >= 0:
-            b_z = tl.load(p_zero + CLASS[10] + o_c, mask=m_c, other=0.0).to(tl.float32)
+        if CLASSES[I][10] >= 0:
+            b_z = tl.load(p_zero + CLASSES[I][10] + o_c, mask=m_c, other=0.0).to(tl.float32)
             b_s += tl.sum(b_q * b_z[None, :], 1)[:, None]
-        if CLASS[4] > 1:
-            if CLASS[9] >= 0:
-                b_q *= load_scale(p_scale, CLASS[9] + o_c, m_c, b_top, p_power, SCALE8)[None, :]
-            o_b = CLASS[2] + o_c[:, None] * CLASS[3] + (o_t % CLASS[3])[None, :]
+        if CLASSES[I][4] > 1:
+            if CLASSES[I][9] >= 0:
+                b_q *= load_scale(p_scale, CLASSES[I][9] + o_c, m_c, b_top, p_power, SCALE8)[None, :]
+            o_b = CLASSES[I][2] + o_c[:, None] * CLASSES[I][3] + (o_t % CLASSES[I][3])[None, :]
             b_byte = tl.load(p_codes + o_b, mask=m_c[:, None] & m_t[None, :], other=0)
-            b_k = decode_levels(b_byte, (o_t // CLASS[3])[None, :], p_lut, CLASS)  # [BC, BT]
+            b_k = decode_levels(b_byte, (o_t // CLASSES[I][3])[None, :], p_lut, CLASSES, I)  # [BC, BT]
             b_s += tl.dot(b_q, b_k, input_precision=PREC)
     return b_s
 
@@ -45,10 +45,10 @@ def _key_class(
 @triton.jit
 def _key_tokens(
     b_s, p_q, m_m, s_qd, p_codes, p_scale, p_zero, b_top, p_lut, p_power, o_t, m_t,
-    CLASS: tl.constexpr, CG: tl.constexpr, SCALE8: tl.constexpr, BC: tl.constexpr, PREC: tl.constexpr,
+    CLASSES: tl.constexpr, I: tl.constexpr, CG: tl.constexpr, SCALE8: tl.constexpr, BC: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Adds the scores of keys with groups along channels to b_s [BM, BT]."""
-    NCG: tl.constexpr = CLASS[0] // CG
+    NCG: tl.constexpr = CLASSES[I][0] // CG
     for g in range(NCG):
         b_g = tl.zeros_like(b_s)
         b_sum = tl.sum(b_g, 1)
@@ -58,15 +58,15 @@ def _key_tokens(
             o_q = (g * CG + o_c).to(tl.int64) * s_qd
             b_q = tl.load(p_q[:, None] + o_q[None, :], mask=m_m[:, None] & m_c[None, :], other=0.0).to(tl.float32)
             b_sum += tl.sum(b_q, 1)
-            if CLASS[4] > 1:
-                o_b = (o_t * NCG + g)[None, :] * CLASS[3] + (o_c % CLASS[3])[:, None]
+            if CLASSES[I][4] > 1:
+                o_b = (o_t * NCG + g)[None, :] * CLASSES[I][3] + (o_c % CLASSES[I][3])[:, None]
                 b_byte = tl.load(p_codes + o_b, mask=m_c[:, None] & m_t[None, :], other=0)
-                b_k = decode_levels(b_byte, (o_c // CLASS[3])[:, None], p_lut, CLASS)  # [BC, BT]
+                b_k = decode_levels(b_byte, (o_c // CLASSES[I][3])[:, None], p_lut, CLASSES, I)  # [BC, BT]
                 b_g += tl.dot(b_q, b_k, input_precision=PREC)
-        if CLASS[9] >= 0:
+        if CLASSES[I][9] >= 0:
             b_g *= load_scale(p_scale, o_t * NCG + g, m_t, b_top, p_power, SCALE8)[None, :]
         b_s += b_g
-        if CLASS[10] >= 0:
+        if CLASSES[I][10] >= 0:
             b_s += b_sum[:, None] * tl.load(p_zero + o_t * NCG + g, mask=m_t, other=0.0).to(tl.float32)[None, :]
     return b_s
 
@@ -74,20 +74,20 @@ def _key_tokens(
 @triton.jit
 def _value_class(
     b_v, b_scale, b_zero, p_codes, p_scale, p_zero, b_top, p_lut, p_power, o_t, m_t, o_v,
-    CLASS: tl.constexpr, SCALE8: tl.constexpr,
+    CLASSES: tl.constexpr, I: tl.constexpr, SCALE8: tl.constexpr,
 ):  # fmt: skip
     """Fills the columns of one class into levels b_v [BT, BV], scales and zeros [BV]."""
-    o_c = o_v - CLASS[1]
-    m_c = (o_c >= 0) & (o_c < CLASS[0])
-    if CLASS[10] >= 0:
-        b_zero += tl.load(p_zero + CLASS[10] + o_c, mask=m_c, other=0.0).to(tl.float32)
-    if CLASS[4] > 1:
-        o_b = CLASS[2] + o_c[None, :] * CLASS[3] + (o_t % CLASS[3])[:, None]
+    o_c = o_v - CLASSES[I][1]
+    m_c = (o_c >= 0) & (o_c < CLASSES[I][0])
+    if CLASSES[I][10] >= 0:
+        b_zero += tl.load(p_zero + CLASSES[I][10] + o_c, mask=m_c, other=0.0).to(tl.float32)
+    if CLASSES[I][4] > 1:
+        o_b = CLASSES[I][2] + o_c[None, :] * CLASSES[I][3] + (o_t % CLASSES[I][3])[:, None]
         b_byte = tl.load(p_codes + o_b, mask=m_t[:, None] & m_c[None, :], other=0)
-        b_level = decode_levels(b_byte, (o_t // CLASS[3])[:, None], p_lut, CLASS)
+        b_level = decode_levels(b_byte, (o_t // CLASSES[I][3])[:, None], p_lut, CLASSES, I)
         b_v = tl.where(m_c[None, :], b_level, b_v)
-        if CLASS[9] >= 0:
-            b_new = load_scale(p_scale, CLASS[9] + o_c, m_c, b_top, p_power, SCALE8)
+        if CLASSES[I][9] >= 0:
+            b_new = load_scale(p_scale, CLASSES[I][9] + o_c, m_c, b_top, p_power, SCALE8)
             b_scale = tl.where(m_c, b_new, b_scale)
     return b_v, b_scale, b_zero
 
@@ -95,20 +95,20 @@ def _value_class(
 @triton.jit
 def _value_tokens(
     p_codes, p_scale, p_zero, b_top, p_lut, p_power, o_t, m_t, o_v,
-    CLASS: tl.constexpr, CG: tl.constexpr, SCALE8: tl.constexpr,
+    CLASSES: tl.constexpr, I: tl.constexpr, CG: tl.constexpr, SCALE8: tl.constexpr,
 ):  # fmt: skip
     """Values with groups along channels, decoded to fp32 [BT, BV]."""
-    NCG: tl.constexpr = CLASS[0] // CG
+    NCG: tl.constexpr = CLASSES[I][0] // CG
     o_c = o_v % CG
-    m_tv = m_t[:, None] & (o_v < CLASS[0])[None, :]
+    m_tv = m_t[:, None] & (o_v < CLASSES[I][0])[None, :]
     o_g = o_t[:, None] * NCG + (o_v // CG)[None, :]
     b_v = tl.zeros(o_g.shape, dtype=tl.float32)
-    if CLASS[4] > 1:
-        b_byte = tl.load(p_codes + o_g * CLASS[3] + (o_c % CLASS[3])[None, :], mask=m_tv, other=0)
-        b_v = decode_levels(b_byte, (o_c // CLASS[3])[None, :], p_lut, CLASS)
-    if CLASS[9] >= 0:
+    if CLASSES[I][4] > 1:
+        b_byte = tl.load(p_codes + o_g * CLASSES[I][3] + (o_c % CLASSES[I][3])[None, :], mask=m_tv, other=0)
+        b_v = decode_levels(b_byte, (o_c // CLASSES[I][3])[None, :], p_lut, CLASSES, I)
+    if CLASSES[I][9] >= 0:
         b_v *= load_scale(p_scale, o_g, m_tv, b_top, p_power, SCALE8)
-    if CLASS[10] >= 0:
+    if CLASSES[I][10] >= 0:
         b_v += tl.load(p_zero + o_g, mask=m_tv, other=0.0).to(tl.float32)
     return b_v
 
@@ -159,11 +159,11 @@ def _attend(
             b_s = tl.zeros((BM, BT), dtype=tl.float32)
             if K_CG > 0:
                 b_s = _key_tokens(b_s, p_qm, m_m, s_qd, p_c, p_s, p_z, b_ktop, p_kl, p_power, o_t, m_t,
-                                  KEYS[0], K_CG, K_SCALE8, BC, PREC)  # fmt: skip
+                                  KEYS, 0, K_CG, K_SCALE8, BC, PREC)  # fmt: skip
             else:
                 for i in tl.static_range(len(KEYS)):
                     b_s = _key_class(b_s, p_qm, m_m, s_qd, p_c, p_s, p_z, b_ktop, p_kl, p_power, o_t, m_t,
-                                     KEYS[i], K_SCALE8, BC, PREC)  # fmt: skip
+                                     KEYS, i, K_SCALE8, BC, PREC)  # fmt: skip
             b_s *= scale
             if SOFTCAP:  # tanh by an exponential that cannot overflow
                 b_e = tl.exp(-2.0 * tl.abs(b_s) / softcap)
@@ -188,7 +188,7 @@ def _attend(
 
             p_c, p_s, p_z = p_vc + i_block * V_BYTES, p_vs + i_block * V_NS, p_vz + i_block * V_NZ
             if V_CG > 0:
-                b_v = _value_tokens(p_c, p_s, p_z, b_vtop, p_vl, p_power, o_t, m_t, o_v, VALUES[0], V_CG, V_SCALE8)
+                b_v = _value_tokens(p_c, p_s, p_z, b_vtop, p_vl, p_power, o_t, m_t, o_v, VALUES, 0, V_CG, V_SCALE8)
                 b_o += tl.dot(b_p, b_v, input_precision=PREC)
             else:
                 b_v = tl.zeros((BT, BV), dtype=tl.float32)
@@ -196,7 +196,7 @@ def _attend(
                 b_vz = tl.zeros((BV,), dtype=tl.float32)
                 for i in tl.static_range(len(VALUES)):
                     b_v, b_vs, b_vz = _value_class(b_v, b_vs, b_vz, p_c, p_s, p_z, b_vtop, p_vl, p_power, o_t, m_t,
-                                                   o_v, VALUES[i], V_SCALE8)  # fmt: skip
+                                                   o_v, VALUES, i, V_SCALE8)  # fmt: skip
                 b_o += tl.dot(b_p, b_v, input_precision=PREC) * b_vs[None, :]
                 b_o += tl.sum(b_p, 1)[:, None] * b_vz[None, :]
 

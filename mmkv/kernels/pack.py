@@ -159,7 +159,7 @@ def encode(d: Tensor, unit: Tensor, code: Code) -> Tensor:
 
     For min-max and absmax codes the decision at a tie is round-half-to-even, as KIVI's code has it.
     """
-    u = torch.where(unit > 0, d / unit.clamp(min=1e-38), 0.0)
+    u = torch.where(unit > 0, d / unit.clamp(min=1e-37), 0.0)
     if code.unit in ("range", "absmax") and unit_steps(code):
         return u.sub_(code.levels[0]).round_().clamp_(0, len(code.levels) - 1).to(torch.uint8)
     if len(code.bounds) <= 3:

@@ -39,7 +39,7 @@ def _finite(b_x, b_big):
 @triton.jit
 def _code_of(b_d, b_unit, BOUNDS: tl.constexpr, LOW: tl.constexpr, ROUND: tl.constexpr):
     """Deviations [BG, BI] in units [BG] to codes int32."""
-    b_u = tl.div_rn(b_d, tl.maximum(b_unit, 1e-38)[:, None])
+    b_u = tl.div_rn(b_d, tl.maximum(b_unit, 1e-37)[:, None])
     b_u = tl.where((b_unit > 0)[:, None], b_u, 0.0)
     if ROUND:  # adding and taking 1.5 * 2^23 rounds to nearest even
         b_u = tl.minimum(tl.maximum(b_u - LOW, -1.0), len(BOUNDS) + 1.0)

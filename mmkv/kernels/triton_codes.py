@@ -49,9 +49,9 @@ def level_table(spec: Spec, device: torch.device) -> Tensor:
 
 
 @triton.jit
-def decode_levels(b_byte, b_digit, p_lut, CLASS: tl.constexpr):
+def decode_levels(b_byte, b_digit, p_lut, CLASSES: tl.constexpr, I: tl.constexpr):
     """Bytes and digit numbers (broadcastable) to levels, fp32."""
-    L: tl.constexpr = CLASS[4]
+    L: tl.constexpr = CLASSES[I][4]
     b_code = b_byte.to(tl.int32)
     if L == 3:
         b_power = tl.where(b_digit == 0, 1, tl.where(b_digit == 1, 3, 9))
@@ -63,10 +63,10 @@ def decode_levels(b_byte, b_digit, p_lut, CLASS: tl.constexpr):
         b_code = (b_code >> (b_digit * 2)) & 3
     elif L == 16:
         b_code = (b_code >> (b_digit * 4)) & 15
-    if CLASS[5]:
-        b_level = b_code.to(tl.float32) * CLASS[7] + CLASS[6]
+    if CLASSES[I][5]:
+        b_level = b_code.to(tl.float32) * CLASSES[I][7] + CLASSES[I][6]
     else:
-        b_level = tl.load(p_lut + CLASS[8] + b_code)
+        b_level = tl.load(p_lut + CLASSES[I][8] + b_code)
     return b_level
 
 

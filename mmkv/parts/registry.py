@@ -39,6 +39,6 @@ def register(kind: str, paper: str):
 
 
 def nearest(name: str, known) -> str:
-    """`, did you mean 'x'?` or an empty string, for error messages."""
+    """` (did you mean 'x'?)` or an empty string, for error messages."""
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""

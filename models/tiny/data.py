@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from mmkv.models.tiny import world
-from mmkv.models.tiny.words import COLUMNS, MOVES, NAMES, ROWS, SIZES, STRESS_COLOURS, vocabulary
+from mmkv.models.tiny.words import COLUMNS, EASY_FORMS, MOVES, NAMES, ROWS, SIZES, STRESS_COLOURS, STRESS_FORMS, vocabulary
 
 SLOT = 16  # tokens of one question with its answer
 GROUPS = {  # word groups that the tower learns to name, token by token
@@ -19,6 +19,7 @@ GROUPS = {  # word groups that the tower learns to name, token by token
 }  # fmt: skip
 # frames -> (videos per batch, questions per video)
 SHAPES = {16: (32, 12), 32: (20, 16), 64: (10, 24), 128: (5, 36)}
+TASKS = [*EASY_FORMS, *("s." + task for task in STRESS_FORMS)]  # stress tasks are counted apart
 IDS = {w: i for i, w in enumerate(vocabulary())}
 
 
@@ -98,7 +99,7 @@ def encode(question) -> tuple[list[int], list[int]]:
 
 
 def pick(questions, count, rng, weights=None):
-    """`count` questions, every task equally likely (times `weights`), then every question of the task."""
+    """`count` questions: a task by its weight (default: all alike), then a question of that task."""
     by_task: dict[str, list] = {}
     for q in questions:
         by_task.setdefault(q.task, []).append(q)
@@ -113,7 +114,10 @@ def pick(questions, count, rng, weights=None):
 
 
 def text_batch(visual, frames: int, stress: float, rng: np.random.Generator, weights=None):
-    """features float16 [B, V, 256], ids and targets [B, N, SLOT], tasks [B][N]; `stress`: share of stress scenes."""
+    """features float16 [B, V, 256], ids and targets [B, N, SLOT], tasks [B][N].
+
+    `stress`: share of stress scenes; `weights`: how often each of TASKS is asked.
+    """
     from mmkv.models.tiny import fast
 
     batch, count = SHAPES[frames]
@@ -122,11 +126,13 @@ def text_batch(visual, frames: int, stress: float, rng: np.random.Generator, wei
         split = "stress" if rng.random() < stress else "easy"
         scene = world.make_scene(int(rng.integers(2**40)), frames, split)
         pixels.append(like_decoded(world.render(scene), rng))
-        chosen = pick(world.all_questions(scene), count, rng, weights)
+        mark = "s." if split == "stress" else ""
+        mine = {t.removeprefix("s."): w for t, w in (weights or {}).items() if t.startswith("s.") == bool(mark)}
+        chosen = pick(world.all_questions(scene), count, rng, mine)
         coded = [encode(q) for q in chosen]
         ids.append([c[0] for c in coded])
         targets.append([c[1] for c in coded])
-        tasks.append([("s." if split == "stress" else "") + q.task for q in chosen])
+        tasks.append([mark + q.task for q in chosen])
     with torch.no_grad():
         x = torch.from_numpy(np.stack(pixels)).view(-1, 2, 64, 64, 3)
         features = torch.cat([fast.see(visual, part) for part in x.split(64)]).view(batch, frames * 8, 256)
@@ -137,15 +143,20 @@ def stage_choice(progress: float, rng) -> tuple[int, float]:
     """(frames, share of stress scenes) at a point of the language training: short and easy first."""
     if progress < 0.22:
         return 16, 0.0
-    if progress < 0.36:
-        return int(rng.choice([16, 32, 64], p=[0.4, 0.4, 0.2])), 0.15
+    if progress < 0.5:
+        return int(rng.choice([16, 32, 64], p=[0.5, 0.3, 0.2])), 0.15
     return int(rng.choice([16, 32, 64, 128], p=[0.15, 0.15, 0.2, 0.5])), 0.3
 
 
-def produce(out, progress, kind: str, seed: int, core: int | None, state):
-    """Body of the data process: fill a queue for ever. `progress`: shared float, `state`: tower weights or None."""
+def produce(out, progress, weights, kind: str, seed: int, core: int | None, state):
+    """Body of the data process: fill a queue for ever.
+
+    progress: shared float; weights: shared floats, one per task; state: tower weights, or None for vision batches.
+    """
     if core is not None:
         os.sched_setaffinity(0, {core})
+    else:
+        os.sched_setaffinity(0, range(os.cpu_count()))
     os.nice(5)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -159,7 +170,7 @@ def produce(out, progress, kind: str, seed: int, core: int | None, state):
     visual.load_state_dict(state)
     while True:
         frames, stress = stage_choice(progress.value, rng)
-        out.put((frames, text_batch(visual, frames, stress, rng)))
+        out.put((frames, text_batch(visual, frames, stress, rng, dict(zip(TASKS, weights, strict=True)))))
 
 
 class Feed:
@@ -170,7 +181,9 @@ class Feed:
 
         context = mp.get_context("spawn")
         self.queue, self.progress = context.Queue(depth), context.Value("d", 0.0)
-        self.process = context.Process(target=produce, args=(self.queue, self.progress, kind, seed, core, state), daemon=True)
+        self.weights = context.Array("d", [1.0] * len(TASKS))
+        args = (self.queue, self.progress, self.weights, kind, seed, core, state)
+        self.process = context.Process(target=produce, args=args, daemon=True)
         self.process.start()
         self.kept, self.keep, self.fresh, self.reused, self.random = [], keep, 0, 0, random.Random(seed)
 

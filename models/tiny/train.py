@@ -12,6 +12,7 @@ import collections
 import math
 import pathlib
 import shutil
+import signal
 import time
 
 import numpy as np
@@ -184,9 +185,11 @@ def train_language(args, model, path, work):
     rng = np.random.default_rng(args.seed + step)
     hits, total, losses, compiled = collections.Counter(), collections.Counter(), collections.defaultdict(list), set()
     last_log = last_save = time.time()
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     while True:
         progress = spent / (60 * args.minutes)
-        if progress >= 1:
+        if progress >= 1 or stop:
             break
         feed.progress.value = progress
         frames, (features, ids, targets, tasks) = feed.next()
@@ -229,6 +232,9 @@ def train_language(args, model, path, work):
             both = [sum(hits[n] for n in g) / max(1, sum(total[n] for n in g)) for g in (easy, hard)]
             means = " ".join(f"{k}f {np.mean(v):.3f}" for k, v in sorted(losses.items()))
             log(path, f"text step {step} {spent / 60:.1f} min | loss {means} | easy {both[0]:.3f} stress {both[1]:.3f} | {parts} | fresh {feed.fresh} reused {feed.reused}")
+            for i, name in enumerate(data.TASKS):  # ask most what is known least
+                if total[name] >= 20:
+                    feed.weights[i] = max(0.05, 1 - hits[name] / total[name])
             hits.clear(), total.clear(), losses.clear()
             last_log = time.time()
         if time.time() - last_save > 150:
@@ -236,6 +242,9 @@ def train_language(args, model, path, work):
             last_save = time.time()
     feed.close()
     save(model, average, optimizer, step, spent, work)
+    if stop:
+        log(path, f"stopped at step {step}, {spent / 60:.1f} min; run again to go on")
+        return
     log(path, f"done: {step} steps, {spent / 60:.1f} min of language training, fresh {feed.fresh} reused {feed.reused}")
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import gc
-import sys
-from pathlib import Path
 
-import mmkv
 import pytest
+import random_models as rm
 import torch
 from transformers import DynamicCache
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import random_models as rm  # noqa: E402
+import mmkv
 
 MAIN = ("qwen2_5_vl", "llava_onevision")
 

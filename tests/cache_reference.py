@@ -1,0 +1,148 @@
+"""What a cache holds and what attention over it must give, worked out the slow way: unpack everything, dense fp64.
+
+Uses the kernels' `unpack_blocks` (tested for itself in tests/kernels) and the format's description, none of the
+attention, merging, masking or table code of the product.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from mmkv.cache import KIVI, VidKV
+from mmkv.cache.view import View
+from mmkv.kernels import hadamard, real_fft, unpack_blocks
+
+KIVI8 = KIVI(bits=8, group=32, residual=32)
+METHODS = {
+    "kivi-2": KIVI(bits=2, group=32, residual=32),
+    "kivi-4": KIVI(bits=4, group=32, residual=32, channel_group=8, scale_bits=8),
+    "vidkv": VidKV(group=32, residual=32),
+    "vidkv-stp": VidKV(stp=0.2, group=32, residual=32),
+    "vidkv-official": VidKV(official=True, group=32, residual=32),
+    "vidkv-paper": VidKV(codebook="minmax", value_basis="channel", stp=0.3, group=32, residual=32),
+    "vidkv-1.25": VidKV(key_bits=1.25, value_bits=2, fft=False, group=32, residual=32),
+}
+
+
+def key_rotation(side, channels: int, order: torch.Tensor) -> torch.Tensor:
+    """fp64 [D, D] matrix M of one head: stored key = M @ key; orthonormal."""
+    matrix = torch.eye(channels, dtype=torch.float64)[order.long()]
+    if side.basis == "hadamard":
+        matrix = hadamard(channels).double() @ matrix
+    out, at = torch.eye(channels, dtype=torch.float64), 0
+    for size, cls in zip(side.sizes(channels), side.classes):
+        if cls.basis == "fft" and size:
+            out[at : at + size, at : at + size] = real_fft(size).double()
+        at += size
+    return out @ matrix
+
+
+def unpacked(segment, row: int):
+    """Positions [n] and keys, values fp64 [Hkv, n, D] of one batch element of a packed segment, in the model's channels."""
+    packer, heads, group = segment.packer, segment.heads, segment.packer.form.group
+    keys, values, positions = [], [], None
+    for head in range(heads):
+        r = row * heads + head
+        k, v, at = [], [], []
+        for slot in range(segment.count.shape[1]):
+            count = int(segment.count[r, slot])
+            if not count:
+                continue
+            block = int(segment.block[r, slot])
+            one = torch.tensor([block])
+            k.append(unpack_blocks(segment.keys.select(one))[0, :count])
+            v.append(unpack_blocks(segment.values.select(one))[0, :count])
+            first = int(segment.start[r, slot])
+            at.append(torch.arange(first, first + count) if segment.positions is None else segment.positions[row, slot, :count].long())
+        if not k:
+            return torch.zeros(0, dtype=torch.long), None, None
+        d, dv = k[0].shape[-1], v[0].shape[-1]
+        order = torch.arange(d)
+        if packer.order is not None:
+            order = packer.order[row, head if packer.order.shape[1] > 1 else 0]
+        keys.append(torch.cat(k).double() @ key_rotation(packer.form.keys, d, order))
+        back = hadamard(dv).double() if packer.form.values.basis == "hadamard" else torch.eye(dv, dtype=torch.float64)
+        values.append(torch.cat(v).double() @ back)
+        at = torch.cat(at)
+        assert positions is None or torch.equal(positions, at), "heads of one batch element hold different tokens"
+        positions = at
+    assert group >= 1
+    return positions, torch.stack(keys), torch.stack(values)
+
+
+def held(layer, row: int):
+    """All tokens of one batch element, packed and dense, sorted by position: positions, keys, values, packed (bool)."""
+    parts = [(*unpacked(s, row), True) for s in layer.segments]
+    parts = [p for p in parts if p[0].numel()]
+    at = torch.arange(layer.start, layer.seen)
+    keep = layer.state.layout.valid[row, layer.start : layer.seen] & (at >= layer.packed_to[row])
+    parts.append((at[keep], layer.keys[row, :, keep].double(), layer.values[row, :, keep].double(), False))
+    at = torch.cat([p[0] for p in parts])
+    packed = torch.cat([torch.full((p[0].numel(),), p[3]) for p in parts])
+    order = at.argsort()
+    return at[order], torch.cat([p[1] for p in parts], 1)[:, order], torch.cat([p[2] for p in parts], 1)[:, order], packed[order]
+
+
+def dense_attention(layer, row, query, *, scaling, softcap=None, s_aux=None):
+    """fp64 output [Hq, Tq, Dv] of the newest Tq tokens of one batch element over everything that is held."""
+    at, keys, values, _ = held(layer, row)
+    heads, new, _ = query.shape
+    group = heads // keys.shape[0]
+    keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
+    scores = query.double() @ keys.transpose(1, 2) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    mine = torch.arange(layer.seen - new, layer.seen)[:, None]
+    seen = at[None] <= mine
+    if layer.window is not None:
+        seen &= at[None] > mine - layer.window
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux.double().view(-1, 1, 1).expand(-1, new, 1)], -1)
+        values = torch.nn.functional.pad(values, (0, 0, 0, 1))
+    return torch.nan_to_num(scores.softmax(-1)) @ values
+
+
+@contextmanager
+def checked_attention(limit: float = 1e-4):
+    """Within the block, every merged attention call is compared with `dense_attention`; yields the list of errors.
+
+    Also asserts at every call that each valid token is held exactly once (for a sliding layer: each one it can see).
+    """
+    errors: list[float] = []
+    original = View.attend
+
+    def attend(self, stock, stock_name, module, query, mask, **kwargs):
+        layer, new = self.layer, self.new
+        if not layer.segments:
+            return original(self, stock, stock_name, module, query, mask, **kwargs)
+        want, valid = [], layer.state.layout.valid[:, : layer.seen]
+        options = {name: kwargs.get(name) for name in ("scaling", "softcap", "s_aux")}
+        for row in range(query.shape[0]):
+            at = held(layer, row)[0]
+            should = valid[row].nonzero()[:, 0]
+            if layer.window is not None:
+                oldest = layer.seen - new - layer.window + 1
+                at, should = at[at >= oldest], should[should >= oldest]
+            assert torch.equal(at, should), f"layer {layer.index}, row {row}: tokens lost or held twice"
+            want.append(dense_attention(layer, row, query[row], **options))
+        rows_seen = [valid[row, layer.seen - new :] for row in range(query.shape[0])]
+        out, weights = original(self, stock, stock_name, module, query, mask, **kwargs)
+        for row, ok in enumerate(rows_seen):
+            a, b = out[row].transpose(0, 1).double()[:, ok], want[row][:, ok]
+            error = (a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp(min=1e-12)
+            errors.append(float(error))
+            assert error < limit, f"layer {layer.index}, row {row}: relative RMS {error:.1e}"
+        return out, weights
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(View, "attend", attend)
+        yield errors
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """RMS of a - b in units of the standard deviation of b."""
+    return float((a.double() - b.double()).square().mean().sqrt() / b.double().std())
