@@ -42,6 +42,12 @@ STUDY = {
     "vidkv, paper's groups of 32": VidKV(codebook="minmax", value_basis="channel", group=32),
     "vidkv, key bits 1.25": VidKV(key_bits=1.25),
     "vidkv, key bits 1": VidKV(key_bits=1.0),
+    "vidkv, groups of 64": VidKV(group=64, residual=32),
+    "vidkv, groups of 32": VidKV(group=32, residual=32),
+    "vidkv, order per head": VidKV(order="head"),
+    "vidkv, 8-bit scales, groups of 64": VidKV(group=64, residual=32, scale_bits=8),
+    "vidkv, 2-bit keys": VidKV(key_bits=2.0),
+    "vidkv, 2-bit values": VidKV(value_bits=2),
     "vidkv official, groups of 32": VidKV(official=True, group=32),
 }
 
@@ -77,14 +83,20 @@ class Asker:
         mask = torch.ones_like(ids)
         for row, p in enumerate(pads):
             mask[row, known : known + p] = 0
-        inputs = {k: v.repeat_interleave(len(texts), 0) for k, v in self.inputs.items() if v.shape != self.inputs["input_ids"].shape}
+        inputs = {
+            k: v.repeat_interleave(len(texts), 0)
+            for k, v in self.inputs.items()
+            if v.shape != self.inputs["input_ids"].shape
+        }
         inputs |= dict(input_ids=ids, attention_mask=mask)
         if "mm_token_type_ids" in self.inputs:
             inputs["mm_token_type_ids"] = (ids == self.model.config.video_token_id).to(ids) * 2
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(len(texts))
         out = self.model.generate(**inputs, past_key_values=cache, do_sample=False, max_new_tokens=4)
-        return [a.strip() for a in self.processor.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)]
+        return [
+            a.strip() for a in self.processor.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        ]
 
     def _text(self, question: str) -> torch.Tensor:
         """Ids of what follows the video in the chat template."""

@@ -17,7 +17,9 @@ import mmkv
 def environment() -> dict:
     """Versions, device and commit."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = bool(subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip())
+    dirty = bool(
+        subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    )
     return dict(
         mmkv=mmkv.__version__,
         commit=commit + ("+" if dirty else ""),

@@ -59,7 +59,10 @@ def load():
 
 def texts(tokenizer, length: int) -> list[torch.Tensor]:
     """Token ids `[1, length]` of each description that is long enough."""
-    ids = [tokenizer(metadata(name).get_payload() or metadata(name)["Description"] or "", return_tensors="pt").input_ids for name in PACKAGES]
+    ids = [
+        tokenizer(metadata(name).get_payload() or metadata(name)["Description"] or "", return_tensors="pt").input_ids
+        for name in PACKAGES
+    ]
     return [i[:, :length] for i in ids if i.shape[1] >= length]
 
 
@@ -105,7 +108,10 @@ def main() -> None:
         print(row, flush=True)
     Console().print(table)
     name = options.out or f"benchmarks/results/perplexity{'-study' if options.study else ''}.json"
-    save(name, dict(environment=environment(), prefill=options.prefill, score=options.score, texts=len(ids), rows=results))
+    save(
+        name,
+        dict(environment=environment(), prefill=options.prefill, score=options.score, texts=len(ids), rows=results),
+    )
 
 
 if __name__ == "__main__":

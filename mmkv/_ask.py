@@ -74,7 +74,7 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> tupl
     if name == TINY:
         from mmkv.models import tiny
 
-        return tiny.load(place, kind)
+        return tiny.load(place, kind or torch.bfloat16)  # as it is stored
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:

@@ -29,7 +29,11 @@ PRESETS = {
         Preset("kivi-4", (KIVI(bits=4),), "4-bit keys per channel, 4-bit values per token"),
         Preset("kivi-2", (KIVI(bits=2),), "2-bit keys per channel, 2-bit values per token"),
         Preset("vidkv", (VidKV(),), "keys at 1.5 bits by channel class, ternary values"),
-        Preset("vidkv-stp", (VidKV(stp=0.2),), "vidkv, with 2-bit values for the fifth of the vision tokens closest to the text"),
+        Preset(
+            "vidkv-stp",
+            (VidKV(stp=0.2),),
+            "vidkv, with 2-bit values for the fifth of the vision tokens closest to the text",
+        ),
     )
 }
 

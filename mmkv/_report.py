@@ -24,8 +24,8 @@ class Report:
         tokens_seen: valid tokens that entered the cache, summed over the batch.
         tokens_held: those still stored, averaged over layers.
         tokens: valid tokens seen per modality.
-        prefill_seconds: duration of the forwards that read prompts (the first one, and those with more than 32 new tokens), vision
-            tower included, since the cache was empty.
+        prefill_seconds: duration of the forwards that read prompts (the first one, and those with more than 32 new
+            tokens), vision tower included, since the cache was empty.
         decode_tokens_per_second: growth of the sequence per second of all other forwards; None before the first.
     """
 
@@ -159,7 +159,9 @@ class Meter:
             packed = sum(sum(segment.tokens) for segment in layer.segments)
             split = (layer.start, *layer.packed_to)  # alike in most layers
             if split not in in_tails:
-                in_tails[split] = sum(int(valid[row, max(layer.start, p) :].sum()) for row, p in enumerate(layer.packed_to))
+                in_tails[split] = sum(
+                    int(valid[row, max(layer.start, p) :].sum()) for row, p in enumerate(layer.packed_to)
+                )
             held += packed + in_tails[split]
             held_elements += (packed + in_tails[split]) * per_token
             packed_elements += packed * per_token

@@ -79,8 +79,15 @@ class Session:
         ids, pad = kwargs.get("input_ids"), self.text_config.pad_token_id
         if self.method is None or pad is None or ids is None or kwargs.get("attention_mask") is not None:
             return
-        if ids.dim() == 2 and ids.shape[0] > 1 and ids.shape[1] > 1 and bool((ids[:, 0] == pad).any() or (ids[:, -1] == pad).any()):
-            raise ValueError(f"this batch holds padding (id {pad}) but no attention_mask was given; pass attention_mask")
+        if (
+            ids.dim() == 2
+            and ids.shape[0] > 1
+            and ids.shape[1] > 1
+            and bool((ids[:, 0] == pad).any() or (ids[:, -1] == pad).any())
+        ):
+            raise ValueError(
+                f"this batch holds padding (id {pad}) but no attention_mask was given; pass attention_mask"
+            )
 
     def _after_model(self, module, args, output):
         self._inputs = {}

@@ -8,8 +8,8 @@ import sys
 import torch
 import transformers
 from packaging.version import Version
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 TRANSFORMERS = Version(transformers.__version__)
 OLDEST_TRANSFORMERS = Version("5.2")
@@ -51,7 +51,9 @@ def layer_windows(config) -> list[int | None]:
         types = ["sliding_attention" if window is not None else "full_attention"] * config.num_hidden_layers
     unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
     if unknown:
-        raise ValueError(f"layers of type {', '.join(unknown)} are not supported; possible are full_attention, sliding_attention")
+        raise ValueError(
+            f"layers of type {', '.join(unknown)} are not supported; possible are full_attention, sliding_attention"
+        )
     return [window if kind == "sliding_attention" else None for kind in types]
 
 

@@ -26,7 +26,9 @@ def adapter_for(model) -> Adapter:
     for adapter in ADAPTERS:
         if family in adapter.families:
             return adapter(model)
-    raise ValueError(f"{type(model).__name__} ({family}){_reason(config)} is not supported; possible are {supported(ADAPTERS)}")
+    raise ValueError(
+        f"{type(model).__name__} ({family}){_reason(config)} is not supported; possible are {supported(ADAPTERS)}"
+    )
 
 
 def _reason(config) -> str:

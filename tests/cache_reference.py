@@ -11,9 +11,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from mmkv.cache import KIVI, VidKV
+from mmkv.cache import KIVI, CacheState, KVLayer, VidKV
 from mmkv.cache.view import View
 from mmkv.kernels import hadamard, real_fft, unpack_blocks
+from mmkv.layout import VIDEO, TokenLayout
 
 KIVI8 = KIVI(bits=8, group=32, residual=32)
 METHODS = {
@@ -56,7 +57,11 @@ def unpacked(segment, row: int):
             k.append(unpack_blocks(segment.keys.select(one))[0, :count])
             v.append(unpack_blocks(segment.values.select(one))[0, :count])
             first = int(segment.start[r, slot])
-            at.append(torch.arange(first, first + count) if segment.positions is None else segment.positions[row, slot, :count].long())
+            at.append(
+                torch.arange(first, first + count)
+                if segment.positions is None
+                else segment.positions[row, slot, :count].long()
+            )
         if not k:
             return torch.zeros(0, dtype=torch.long), None, None
         d, dv = k[0].shape[-1], v[0].shape[-1]
@@ -83,7 +88,12 @@ def held(layer, row: int):
     at = torch.cat([p[0] for p in parts])
     packed = torch.cat([torch.full((p[0].numel(),), p[3]) for p in parts])
     order = at.argsort()
-    return at[order], torch.cat([p[1] for p in parts], 1)[:, order], torch.cat([p[2] for p in parts], 1)[:, order], packed[order]
+    return (
+        at[order],
+        torch.cat([p[1] for p in parts], 1)[:, order],
+        torch.cat([p[2] for p in parts], 1)[:, order],
+        packed[order],
+    )
 
 
 def dense_attention(layer, row, query, *, scaling, softcap=None, s_aux=None):
@@ -146,3 +156,67 @@ def checked_attention(limit: float = 1e-4):
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """RMS of a - b in units of the standard deviation of b."""
     return float((a.double() - b.double()).square().mean().sqrt() / b.double().std())
+
+
+class Bare:
+    """Layers of a cache without a model: `feed` appends random keys and values and settles, as a forward would.
+
+    Args:
+        method: cache method or None.
+        batch, heads, dim, layers: B, Hkv, D and how many layers.
+    """
+
+    def __init__(self, method, batch=1, heads=2, dim=16, layers=1, window=None, dtype=torch.float32, seed=0):
+        self.state = CacheState(method)
+        self.layers = [KVLayer(self.state, i, window) for i in range(layers)]
+        self.batch, self.heads, self.dim, self.dtype = batch, heads, dim, dtype
+        self.generator = torch.Generator().manual_seed(seed)
+        self.keys = [torch.zeros(batch, heads, 0, dim, dtype=dtype) for _ in self.layers]  # all that was fed
+        self.values = [torch.zeros(batch, heads, 0, dim, dtype=dtype) for _ in self.layers]
+
+    def feed(self, count: int, valid=None, medium=None, embeds=None, keys=None):
+        chunk = TokenLayout.text(self.batch, count, start=self.state.seen)
+        if valid is not None:
+            chunk.valid = valid
+        if medium is not None:
+            chunk.medium[:] = medium
+            chunk.modality[:] = VIDEO
+        self.state.extend(chunk, embeds)
+        for i, layer in enumerate(self.layers):
+            shape = (self.batch, self.heads, count, self.dim)
+            k = torch.randn(shape, generator=self.generator).to(self.dtype) if keys is None else keys.to(self.dtype)
+            v = torch.randn(shape, generator=self.generator).to(self.dtype)
+            self.keys[i], self.values[i] = torch.cat([self.keys[i], k], 2), torch.cat([self.values[i], v], 2)
+            layer.update(k, v)
+            layer.settle()
+        return self
+
+    @property
+    def layer(self):
+        return self.layers[0]
+
+
+def codes(layer) -> list[tuple]:
+    """Content of every packed block of a layer by (segment, batch element, head, first position): bytes, for comparison."""
+    out = []
+    for segment in layer.segments:
+        found = {}
+        for row in range(segment.batch):
+            for head in range(segment.heads):
+                r = row * segment.heads + head
+                for slot in range(segment.count.shape[1]):
+                    if segment.count[r, slot]:
+                        block = int(segment.block[r, slot])
+                        parts = [t[block].clone() for pool in (segment.keys, segment.values) for t in pool.tensors()]
+                        found[row, head, int(segment.start[r, slot])] = parts
+        out.append(found)
+    return out
+
+
+def same_codes(before, after) -> bool:
+    """Every block of `before` is in `after`, byte for byte."""
+    return all(
+        key in b and all(torch.equal(x, y) for x, y in zip(parts, b[key]))
+        for a, b in zip(before, after)
+        for key, parts in a.items()
+    )

@@ -45,10 +45,14 @@ def _text(head_dim=16, layers=3, heads=4, kv_heads=2, **more):
 
 
 def _mrope(head_dim):
-    return dict(rope_type="default", rope_theta=1e4, mrope_section=[head_dim // 8, head_dim // 16 * 3, head_dim // 16 * 3])
+    return dict(
+        rope_type="default", rope_theta=1e4, mrope_section=[head_dim // 8, head_dim // 16 * 3, head_dim // 16 * 3]
+    )
 
 
-_IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END)
+_IDS = dict(
+    image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END
+)
 
 
 def qwen2_5_vl(head_dim=16, **more):
@@ -112,18 +116,37 @@ def mistral(**more):
 
 def gemma2(**more):
     """Softcap on scores, a sliding window of 24 in every second layer. Eager: sdpa would leave the softcap out."""
-    more = dict(sliding_window=24, attn_logit_softcapping=3.0, final_logit_softcapping=None, query_pre_attn_scalar=16) | more
+    more = (
+        dict(sliding_window=24, attn_logit_softcapping=3.0, final_logit_softcapping=None, query_pre_attn_scalar=16)
+        | more
+    )
     return tf.Gemma2ForCausalLM(tf.Gemma2Config(**_text(**more), attn_implementation="eager"))
 
 
 def gemma3_text(**more):
-    more = dict(sliding_window=24, query_pre_attn_scalar=16, layer_types=["sliding_attention", "sliding_attention", "full_attention"]) | more
+    more = (
+        dict(
+            sliding_window=24,
+            query_pre_attn_scalar=16,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        )
+        | more
+    )
     return tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**_text(**more)))
 
 
 def gpt_oss(**more):
     """Sink logits in every layer, a sliding window of 24 in every second one."""
-    more = dict(sliding_window=24, num_local_experts=2, num_experts_per_tok=1, layer_types=["sliding_attention", "full_attention"] * 2, layers=4) | more
+    more = (
+        dict(
+            sliding_window=24,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            layers=4,
+        )
+        | more
+    )
     model = tf.GptOssForCausalLM(tf.GptOssConfig(**_text(**more)))
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.self_attn.sinks, std=1.0)
@@ -173,7 +196,9 @@ def inputs(model, prompts: list[list], seed: int = 3, pad_to: int = 0) -> dict:
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         out["mm_token_type_ids"] = (ids == IMAGE) + 2 * (ids == VIDEO)
     for name, values in media.items():
-        out[name] = torch.stack(values) if name in ("image_grid_thw", "video_grid_thw", "image_sizes") else torch.cat(values)
+        out[name] = (
+            torch.stack(values) if name in ("image_grid_thw", "video_grid_thw", "image_sizes") else torch.cat(values)
+        )
     return out
 
 

@@ -20,7 +20,7 @@ def mmkv_command(capsys, monkeypatch):
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["mmkv", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setenv("COLUMNS", "1000")
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         seen = capsys.readouterr()
@@ -187,7 +187,7 @@ def test_demo_answers_right(capsys, monkeypatch):
     """What `make demo` shows: bundled model, real .mp4, at least two right answers of three with either cache."""
     from mmkv.demos import ask as demo
 
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as stopped:
         demo.main()
     out = capsys.readouterr().out

@@ -1,7 +1,7 @@
 """Write the README's figures from the committed results, and its list of methods from the registry.
 
-    python tools/readme.py           # rewrite the marked parts of README.md
-    python tools/readme.py --check   # exit 1 if they are not up to date (a test does this)
+python tools/readme.py           # rewrite the marked parts of README.md
+python tools/readme.py --check   # exit 1 if they are not up to date (a test does this)
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ def accuracy() -> str:
     lines = []
     for split, rows in result["splits"].items():
         first = rows[0]
+        size = f"{first['videos']} held-out videos of {first['video_tokens']:,} video tokens"
         lines += [
-            f"**{split}**: {first['questions']:,} questions on {first['videos']} held-out videos of {first['video_tokens']:,} video tokens",
+            f"**{split}**: {first['questions']:,} questions on {size}",
             "",
             "| cache | accuracy | points lost | agrees with dense | bits, packed part | bits, whole cache | KV bytes |",
             "|---|---|---|---|---|---|---|",
@@ -32,16 +33,16 @@ def accuracy() -> str:
         for r in rows:
             packed = "-" if r["packed_bits"] is None else f"{r['packed_bits']:.2f}"
             lost = "-" if r["method"] == "dense" else f"{r['loss_points']:.1f} ± {r['loss_error']:.1f}"
-            lines.append(
-                f"| {r['method']} | {r['accuracy']:.1%} | {lost} | {r['agreement']:.1%} | {packed} | {r['kv_bits']:.2f} | {r['kv_bytes']:,} |"
-            )
+            cells = (r["method"], f"{r['accuracy']:.1%}", lost, f"{r['agreement']:.1%}", packed, f"{r['kv_bits']:.2f}")
+            lines.append(f"| {' | '.join(cells)} | {r['kv_bytes']:,} |")
         lines.append("")
     e = result["environment"]
-    lines.append(
-        f"Measured at head size 64, {result['dtype']}, with torch {e['torch']}, transformers {e['transformers']}, {e['device']}, commit {e['commit']}. "
-        "± is the standard error of the paired difference. A prompt of 1k tokens is to a good part dense tail; "
-        "bits of the whole cache fall towards those of the packed part as it grows."
-    )
+    lines += [
+        f"Head size 64, {result['dtype']}, torch {e['torch']}, transformers {e['transformers']}, {e['device']},",
+        f"commit {e['commit']}.",
+        "± is the standard error of the paired difference. A prompt of 1k tokens is to a good part dense tail;",
+        "as it grows, the bits of the whole cache fall towards those of the packed part.",
+    ]
     return "\n".join(lines)
 
 
@@ -60,8 +61,9 @@ def main() -> int:
     path = ROOT / "README.md"
     text = old = path.read_text()
     for mark, make in (("figures:accuracy", accuracy), ("methods", methods)):
-        block = f"<!-- {mark} -->\n{make()}\n<!-- /{mark} -->"
-        text = re.sub(rf"<!-- {mark}[^>]*-->.*?<!-- /{mark} -->", lambda _: block, text, flags=re.S)
+        before, rest = re.split(rf"<!-- {mark}[^>]*-->", text, maxsplit=1)
+        after = rest.split(f"<!-- /{mark} -->", 1)[1]
+        text = f"{before}<!-- {mark} -->\n{make()}\n<!-- /{mark} -->{after}"
     if "--check" in sys.argv:
         return int(text != old)
     path.write_text(text)

@@ -1,7 +1,7 @@
 """KV caching: methods, one per file, and what they share (method, formats, segment, layer, state, cache)."""
 
 from mmkv.cache.cache import Cache, adopt, state_of
-from mmkv.cache.formats import ChannelClass, PackFormat, Packer, Side
+from mmkv.cache.formats import ChannelClass, Packer, PackFormat, Side
 from mmkv.cache.interface import NAME, register
 from mmkv.cache.kivi import KIVI
 from mmkv.cache.layer import KVLayer

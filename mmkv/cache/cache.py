@@ -46,7 +46,9 @@ def adopt(cache, text_config, method: CacheMethod | None) -> CacheState:
         offloaded = "an offloading " if getattr(cache, "offloading", False) else ""
         raise TypeError(f"a wrapped model takes an empty DynamicCache or mmkv.Cache(model), not {offloaded}{name}")
     if cache.get_seq_length() > 0:
-        raise TypeError(f"a wrapped model takes an empty DynamicCache, this {name} holds {cache.get_seq_length()} tokens")
+        raise TypeError(
+            f"a wrapped model takes an empty DynamicCache, this {name} holds {cache.get_seq_length()} tokens"
+        )
     windows = compat.layer_windows(text_config)
     state = CacheState(method, window=min((w for w in windows if w is not None), default=None))
     # a cache made for rollback: told so (5.3 and later), or made without a config so that no layer slides (5.2)

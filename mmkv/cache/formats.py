@@ -202,7 +202,10 @@ class Packer:
             return x
         parts = x.float().split(side.sizes(x.shape[-1]), dim=-1)
         return torch.cat(
-            [p @ real_fft(p.shape[-1]).to(p).T if cls.basis == "fft" and p.shape[-1] else p for p, cls in zip(parts, side.classes)],
+            [
+                p @ real_fft(p.shape[-1]).to(p).T if cls.basis == "fft" and p.shape[-1] else p
+                for p, cls in zip(parts, side.classes)
+            ],
             dim=-1,
         )
 

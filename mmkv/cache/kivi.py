@@ -56,4 +56,6 @@ class KIVI(CacheMethod):
 def check_residual(residual: int) -> None:
     """Raise ValueError for a residual window below the floor that rollback needs."""
     if residual < MIN_RESIDUAL:
-        raise ValueError(f"residual {residual}: at least {MIN_RESIDUAL} tokens stay dense, so that drafts can be rolled back")
+        raise ValueError(
+            f"residual {residual}: at least {MIN_RESIDUAL} tokens stay dense, so that drafts can be rolled back"
+        )

@@ -9,6 +9,7 @@ from mmkv.kernels import Blocks, Table, attend_packed
 
 _NOWHERE = 2**31 - 1  # position of the unused end of a partial block: after every token, so no crop counts it
 
+
 class PackedSegment:
     """Immutable blocks of codes, and per row (batch element, KV head) a table of which blocks it holds.
 

@@ -67,7 +67,9 @@ class VidKV(CacheMethod):
     def __post_init__(self):
         check_residual(self.residual)
         if not 1 <= self.key_bits <= 2:
-            raise ValueError(f"key_bits {self.key_bits}: possible are 1 to 2 (the fraction is the share of 2-bit channels)")
+            raise ValueError(
+                f"key_bits {self.key_bits}: possible are 1 to 2 (the fraction is the share of 2-bit channels)"
+            )
         if not 0 <= self.stp < 1:
             raise ValueError(f"stp {self.stp}: possible are 0 to below 1 (share of vision tokens with 2-bit values)")
         if self.codebook not in ("gaussian", "minmax"):
@@ -86,7 +88,9 @@ class VidKV(CacheMethod):
 
     def formats(self) -> tuple[PackFormat, ...]:
         keys = self._keys()
-        main = PackFormat(f"vidkv-{self.key_bits:g}/{self.value_bits:g}", keys, self._values(self.value_bits), self.group)
+        main = PackFormat(
+            f"vidkv-{self.key_bits:g}/{self.value_bits:g}", keys, self._values(self.value_bits), self.group
+        )
         if not self.stp:
             return (main,)
         return main, PackFormat(f"vidkv-{self.key_bits:g}/2 protected", keys, self._values(2), self.group)

@@ -64,7 +64,18 @@ class View:
         return stock(module, query, keys, values, mask, **kwargs)
 
     def _merged(
-        self, module, query, mask, *, scaling=None, dropout=0.0, softcap=None, s_aux=None, sliding_window=None, is_causal=None, **other
+        self,
+        module,
+        query,
+        mask,
+        *,
+        scaling=None,
+        dropout=0.0,
+        softcap=None,
+        s_aux=None,
+        sliding_window=None,
+        is_causal=None,
+        **other,
     ):
         layer = self.layer
         self._refuse(mask, dropout, is_causal, other)
@@ -76,7 +87,9 @@ class View:
             for segment in layer.segments
             if not segment.empty
         ]
-        tail = attend_dense(query, layer.keys, layer.values, scale=scale, mask=self._tail_mask(positions), softcap=softcap)
+        tail = attend_dense(
+            query, layer.keys, layer.values, scale=scale, mask=self._tail_mask(positions), softcap=softcap
+        )
         out, lse = merge(parts + [tail])
         if s_aux is not None:
             out, lse = merge_sinks(out, lse, s_aux)
@@ -86,12 +99,16 @@ class View:
         if isinstance(mask, torch.Tensor):
             raise ValueError("a 4-D attention mask does not work with a compressed cache; pass the 2-D padding mask")
         if isinstance(mask, LazyMask) and not mask.plain:
-            raise ValueError("this attention mask (bidirectional or packed blocks) does not work with a compressed cache")
+            raise ValueError(
+                "this attention mask (bidirectional or packed blocks) does not work with a compressed cache"
+            )
         if dropout:
             raise ValueError(f"attention dropout {dropout} does not work with a compressed cache; call model.eval()")
         if is_causal is False:
             raise ValueError("attention that is not causal does not work with a compressed cache")
-        unknown = [name for name, value in other.items() if value is not None and value is not False and name not in _HARMLESS]
+        unknown = [
+            name for name, value in other.items() if value is not None and value is not False and name not in _HARMLESS
+        ]
         if unknown:
             raise ValueError(f"attention keyword {', '.join(unknown)} is not supported with a compressed cache")
 

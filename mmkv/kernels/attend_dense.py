@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ._check import check_device, check_float, group_size
 
-TILE_SCORES = 1 << 22  # scores that exist at a time
+TILE_SCORES = {"cpu": 1 << 22, "cuda": 1 << 26}  # scores that exist at a time
 TILE_KEYS = 4096  # keys that are converted to fp32 at a time, per KV head
 
 
@@ -39,7 +39,7 @@ def attend_dense(
     out = q.new_zeros(b, hkv, g, tq, dv, dtype=torch.float32)
     lse = q.new_full((b, hkv, g, tq), -torch.inf, dtype=torch.float32)
     keys = min(t, TILE_KEYS)
-    step = max(1, TILE_SCORES // max(1, b * hq * keys))
+    step = max(1, TILE_SCORES[q.device.type] // max(1, b * hq * keys))
     if t:
         for i in range(0, tq, step):
             rows = slice(i, min(i + step, tq))

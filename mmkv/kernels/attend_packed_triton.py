@@ -45,7 +45,8 @@ def _key_class(
 @triton.jit
 def _key_tokens(
     b_s, p_q, m_m, s_qd, p_codes, p_scale, p_zero, b_top, p_lut, p_power, o_t, m_t,
-    CLASSES: tl.constexpr, I: tl.constexpr, CG: tl.constexpr, SCALE8: tl.constexpr, BC: tl.constexpr, PREC: tl.constexpr,
+    CLASSES: tl.constexpr, I: tl.constexpr, CG: tl.constexpr, SCALE8: tl.constexpr, BC: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
     """Adds the scores of keys with groups along channels to b_s [BM, BT]."""
     NCG: tl.constexpr = CLASSES[I][0] // CG
@@ -201,8 +202,9 @@ def _attend(
                 b_o += tl.sum(b_p, 1)[:, None] * b_vz[None, :]
 
     o_row = (i_s * R + i_r) * G * TQ + o_m
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # nothing seen: out 0, lse -inf
     tl.store(p_lse + o_row, b_top + tl.log(b_sum), mask=m_m)
-    b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    b_o = b_o / b_sum[:, None]
     tl.store(p_out + o_row[:, None] * DV + o_v[None, :], b_o, mask=m_m[:, None] & (o_v < DV)[None, :])
 
 
@@ -214,16 +216,19 @@ def _merge(p_part, p_plse, p_out, p_lse, N, SPLITS, DV: tl.constexpr, BV: tl.con
     m_v = o_v < DV
     b_o = tl.zeros((BV,), dtype=tl.float32)
     b_top, b_sum = float("-inf"), 0.0
-    for i in range(SPLITS):
-        b_lse = tl.load(p_plse + i * N + i_n)
+    o_n = i_n
+    for _ in range(SPLITS):
+        b_lse = tl.load(p_plse + o_n)
         b_new = tl.maximum(b_top, b_lse)
         b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_fade, b_w = tl.exp(b_top - b_base), tl.exp(b_lse - b_base)
-        b_o = b_o * b_fade + b_w * tl.load(p_part + (i * N + i_n) * DV + o_v, mask=m_v, other=0.0)
+        b_o = b_o * b_fade + b_w * tl.load(p_part + o_n * DV + o_v, mask=m_v, other=0.0)
         b_sum = b_sum * b_fade + b_w
         b_top = b_new
+        o_n += N
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     tl.store(p_lse + i_n, b_top + tl.log(b_sum))
-    tl.store(p_out + i_n * DV + o_v, b_o / tl.where(b_sum == 0.0, 1.0, b_sum), mask=m_v)
+    tl.store(p_out + i_n * DV + o_v, b_o / b_sum, mask=m_v)
 
 
 def _pool(blocks: Blocks) -> tuple[list[Tensor], tuple]:
@@ -254,8 +259,8 @@ def attend_packed_triton(
     window: int | None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`attend_packed` by Triton; arguments as there, q_positions [B, Tq] or None, splits: runs of slots (None: choose)."""
-    b, hq, tq, d = q.shape
+    """`attend_packed` by Triton; arguments as there, q_positions [B, Tq] or None; splits: runs of slots."""
+    b, hq, tq, _ = q.shape
     rows, slots = table.block.shape
     group, dv = keys.spec.group, values.spec.channels
     if dv > MAX_VALUE_CHANNELS:

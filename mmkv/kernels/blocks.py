@@ -11,7 +11,7 @@ from torch import Tensor
 from .spec import Spec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Blocks:
     """NB blocks, each up to `spec.group` tokens of one KV head.
 

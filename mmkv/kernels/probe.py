@@ -49,7 +49,7 @@ def probe(q: Tensor, k: Tensor, *, scale: float, mask: Tensor | None = None, sof
         mask = grouped_mask(mask, b, hq, hkv, p, t)
         seen = mask.sum(-2, dtype=torch.int32) * (p if mask.shape[-2] == 1 else 1)
         count = seen.flatten(1, 2).expand(-1, -1, t).contiguous()
-    step = max(1, TILE_SCORES // max(1, b * hq * t))
+    step = max(1, TILE_SCORES[q.device.type] // max(1, b * hq * t))
     for i in range(0, p if t else 0, step):
         rows = slice(i, min(i + step, p))
         qi = q[:, :, rows].float().mul(scale).unflatten(1, (hkv, g))

@@ -127,6 +127,6 @@ class Spec:
             8 * self.code_bytes
             + self.scale_bits * self.n_scale
             + 16 * self.n_zero
-            + (16 if self.scale_bits == 8 else 0)
+            + (16 if self.scale_bits == 8 and self.n_scale else 0)
         )
         return bits / (self.group * self.channels)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """R = B * Hkv rows (batch-major) of S slots. Rows may share blocks (beams); unused slots may lie anywhere.
 

@@ -11,7 +11,17 @@ import torch
 import torch.nn.functional as F
 
 from mmkv.models.tiny import world
-from mmkv.models.tiny.words import COLUMNS, EASY_FORMS, MOVES, NAMES, ROWS, SIZES, STRESS_COLOURS, STRESS_FORMS, vocabulary
+from mmkv.models.tiny.words import (
+    COLUMNS,
+    EASY_FORMS,
+    MOVES,
+    NAMES,
+    ROWS,
+    SIZES,
+    STRESS_COLOURS,
+    STRESS_FORMS,
+    vocabulary,
+)
 
 SLOT = 16  # tokens of one question with its answer
 GROUPS = {  # word groups that the tower learns to name, token by token
@@ -86,6 +96,34 @@ def cell_labels(scene, cover, t):
     return labels
 
 
+# what the helper heads read at the word that names an object: its attributes, its place in the order, its neighbours
+RECALL = {
+    "name": len(NAMES), "colour": len(STRESS_COLOURS), "row": 3, "column": 3, "move": len(MOVES), "size": 2, "turn": 9,
+    "next name": len(NAMES) + 1, "next colour": len(STRESS_COLOURS) + 1,
+    "last name": len(NAMES) + 1, "last colour": len(STRESS_COLOURS) + 1,
+}  # fmt: skip
+
+
+def recall(scene, question) -> tuple[int, list[int]]:
+    """Token index of the word that completes an object's name in a question (-1: none) and its RECALL labels."""
+    if question.about < 0:
+        return -1, [-100] * len(RECALL)
+    things, i = scene.things, question.about
+    thing, colours = things[i], GROUPS["colour"]
+    words = question.text.replace("?", " ?").split()
+    marks = {thing.name, thing.colour, "object", "first", "last"}
+    spot = max(k for k, w in enumerate(words) if w in marks)
+    still = thing.move == "still"
+    labels = [
+        NAMES.index(thing.name), colours.index(thing.colour),
+        world.nearest(thing.y) if still else -100, world.nearest(thing.x) if still else -100,
+        MOVES.index(thing.move), SIZES.index(thing.size) if scene.split == "stress" else -100, i,
+    ]  # fmt: skip
+    for other in (things[i + 1] if i + 1 < len(things) else None, things[i - 1] if i else None):
+        labels += [NAMES.index(other.name), colours.index(other.colour)] if other else [len(NAMES), len(colours)]
+    return spot, labels
+
+
 def encode(question) -> tuple[list[int], list[int]]:
     """Token ids of "question <|im_end|> <|im_start|> assistant answer" and targets (-100 outside the answer)."""
     words = question.text.replace("?", " ?").split() + ["<|im_end|>", "<|im_start|>", "assistant"]
@@ -114,14 +152,14 @@ def pick(questions, count, rng, weights=None):
 
 
 def text_batch(visual, frames: int, stress: float, rng: np.random.Generator, weights=None):
-    """features float16 [B, V, 256], ids and targets [B, N, SLOT], tasks [B][N].
+    """features float16 [B, V, 256], ids and targets [B, N, SLOT], spots [B, N], labels [B, N, RECALL], tasks [B][N].
 
     `stress`: share of stress scenes; `weights`: how often each of TASKS is asked.
     """
     from mmkv.models.tiny import fast
 
     batch, count = SHAPES[frames]
-    pixels, ids, targets, tasks = [], [], [], []
+    pixels, ids, targets, helps, tasks = [], [], [], [], []
     for _ in range(batch):
         split = "stress" if rng.random() < stress else "easy"
         scene = world.make_scene(int(rng.integers(2**40)), frames, split)
@@ -132,19 +170,22 @@ def text_batch(visual, frames: int, stress: float, rng: np.random.Generator, wei
         coded = [encode(q) for q in chosen]
         ids.append([c[0] for c in coded])
         targets.append([c[1] for c in coded])
+        helps.append([recall(scene, q) for q in chosen])
         tasks.append([mark + q.task for q in chosen])
     with torch.no_grad():
         x = torch.from_numpy(np.stack(pixels)).view(-1, 2, 64, 64, 3)
         features = torch.cat([fast.see(visual, part) for part in x.split(64)]).view(batch, frames * 8, 256)
-    return features.half().numpy(), np.array(ids), np.array(targets), tasks
+    spots = np.array([[h[0] for h in row] for row in helps])
+    labels = np.array([[h[1] for h in row] for row in helps])
+    return features.half().numpy(), np.array(ids), np.array(targets), spots, labels, tasks
 
 
 def stage_choice(progress: float, rng) -> tuple[int, float]:
     """(frames, share of stress scenes) at a point of the language training: short and easy first."""
     if progress < 0.22:
         return 16, 0.0
-    if progress < 0.5:
-        return int(rng.choice([16, 32, 64], p=[0.5, 0.3, 0.2])), 0.15
+    if progress < 0.57:
+        return int(rng.choice([16, 32, 64], p=[0.6, 0.3, 0.1])), 0.15
     return int(rng.choice([16, 32, 64, 128], p=[0.15, 0.15, 0.2, 0.5])), 0.3
 
 

@@ -187,7 +187,7 @@ def text_weights(layer):
 
 
 def read(language, head_ids, features, questions, positions, text_positions, block=text_block):
-    """Hidden states [B, N, Q, C] of questions.
+    """Hidden states [B, N, Q, C] of questions: the last, normed, and those after layer 4.
 
     head_ids: the three prefix ids and vision_end; features [B, V, C]; questions ids [B, N, Q]; positions [3, B, L] of
     the prefix; text_positions [3, B, Q].
@@ -197,6 +197,8 @@ def read(language, head_ids, features, questions, positions, text_positions, blo
     xv = torch.cat((head[:, :START], features.float(), head[:, START:]), 1)
     xt = table[questions]
     (cv, sv), (ct, st) = text_angles(positions), text_angles(text_positions)
-    for layer in language.layers:
+    middle = None
+    for i, layer in enumerate(language.layers):
         xv, xt = block(xv, xt, cv, sv, ct, st, text_weights(layer))
-    return norm(xt, language.norm.weight)
+        middle = xt if i == 3 else middle
+    return norm(xt, language.norm.weight), middle

@@ -170,6 +170,8 @@ def train_language(args, model, path, work):
     language = model.model.language_model
     named = list(language.named_parameters())
     optimizer = Muon(named, args.lr, 1e-3)
+    helper = torch.nn.Linear(256, sum(data.RECALL.values()))  # read at the object's name after layer 4; not exported
+    help_optimizer = torch.optim.AdamW(helper.parameters(), lr=2e-3, weight_decay=0.0)
     average = {n: p.detach().clone() for n, p in named}
     step, spent = 0, 0.0
     resume = work / "language.pt"
@@ -177,6 +179,8 @@ def train_language(args, model, path, work):
         saved = torch.load(resume, weights_only=False)
         model.load_state_dict(saved["model"])
         optimizer.load(saved["optimizer"])
+        if "helper" in saved:
+            helper.load_state_dict(saved["helper"])
         average, step, spent = saved["average"], saved["step"], saved["spent"]
         log(path, f"resumed at step {step}, {spent / 60:.1f} min")
     block = torch.compile(fast.text_block, dynamic=False)
@@ -184,6 +188,7 @@ def train_language(args, model, path, work):
     feed = data.Feed("text", args.seed + 1000 + step, args.data_core, model.model.visual.state_dict())
     rng = np.random.default_rng(args.seed + step)
     hits, total, losses, compiled = collections.Counter(), collections.Counter(), collections.defaultdict(list), set()
+    recalled = collections.defaultdict(list)
     last_log = last_save = time.time()
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
@@ -192,7 +197,7 @@ def train_language(args, model, path, work):
         if progress >= 1 or stop:
             break
         feed.progress.value = progress
-        frames, (features, ids, targets, tasks) = feed.next()
+        frames, (features, ids, targets, spots, labels, tasks) = feed.next()
         begin = time.time()
         features, ids, targets = torch.from_numpy(features), torch.from_numpy(ids), torch.from_numpy(targets)
         scales = rng.choice([1.0, 1 / 12, 0.5, 2.0], len(ids), p=[0.85, 0.05, 0.05, 0.05])
@@ -200,12 +205,15 @@ def train_language(args, model, path, work):
         start = text_starts(frames // 2, seconds, rng)
         positions = fast.prefix_positions(frames // 2, seconds, start)
         text = (start[:, None] + 1 + torch.arange(data.SLOT)).expand(3, -1, -1)
-        hidden = fast.read(language, head, features, ids, positions, text, block)
+        hidden, middle = fast.read(language, head, features, ids, positions, text, block)
         spot = targets >= 0
         logits = fast.linear(hidden[spot], language.embed_tokens.weight).float()
         loss = F.cross_entropy(logits, targets[spot])
+        helped = helper_loss(helper, middle, torch.from_numpy(spots), torch.from_numpy(labels), recalled)
         optimizer.zero()
-        loss.backward()
+        help_optimizer.zero_grad()
+        (loss + helped).backward()
+        help_optimizer.step()
         norm = torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
         optimizer.scale = schedule(progress)
         if math.isfinite(norm.item()):
@@ -235,23 +243,40 @@ def train_language(args, model, path, work):
             for i, name in enumerate(data.TASKS):  # ask most what is known least
                 if total[name] >= 20:
                     feed.weights[i] = max(0.05, 1 - hits[name] / total[name])
-            hits.clear(), total.clear(), losses.clear()
+            log(path, "  recall " + " ".join(f"{n} {np.mean(v):.2f}" for n, v in recalled.items()))
+            hits.clear(), total.clear(), losses.clear(), recalled.clear()
             last_log = time.time()
         if time.time() - last_save > 150:
-            save(model, average, optimizer, step, spent, work)
+            save(model, average, optimizer, helper, step, spent, work)
             last_save = time.time()
     feed.close()
-    save(model, average, optimizer, step, spent, work)
+    save(model, average, optimizer, helper, step, spent, work)
     if stop:
         log(path, f"stopped at step {step}, {spent / 60:.1f} min; run again to go on")
         return
     log(path, f"done: {step} steps, {spent / 60:.1f} min of language training, fresh {feed.fresh} reused {feed.reused}")
 
 
-def save(model, average, optimizer, step, spent, work):
+def helper_loss(helper, middle, spots, labels, recalled):
+    """Cross-entropy of every RECALL attribute at the naming word: what the named object is must be known there."""
+    known = spots >= 0
+    where = spots.clamp(min=0)[:, :, None, None].expand(-1, -1, 1, middle.shape[-1])
+    state = F.rms_norm(middle.gather(2, where)[:, :, 0][known], (256,))
+    loss, labels = 0.0, labels[known]
+    for i, (name, out) in enumerate(zip(data.RECALL, helper(state).split(list(data.RECALL.values()), -1), strict=True)):
+        target = labels[:, i]
+        if (target >= 0).any():
+            share = 2.0 if name in ("row", "column", "move") else 1.0  # the slowest to form
+            loss = loss + share * F.cross_entropy(out, target, ignore_index=-100)
+            recalled[name].append((out.argmax(-1) == target)[target >= 0].float().mean().item())
+    return loss / len(data.RECALL)
+
+
+def save(model, average, optimizer, helper, step, spent, work):
     """The state to resume from, and the averaged weights as a checkpoint folder."""
     part = work / "language.part"
     state = {"model": model.state_dict(), "optimizer": optimizer.state(), "average": average, "step": step, "spent": spent}
+    state["helper"] = helper.state_dict()
     torch.save(state, part)
     part.rename(work / "language.pt")
     export(model, average, work / "checkpoint")

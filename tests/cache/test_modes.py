@@ -139,7 +139,9 @@ def test_eight_bits_in_generate(family, mode):
     again = {k: v for k, v in given.items()}
     repeat = out.sequences.shape[0] // given["input_ids"].shape[0]
     for name in again:
-        again[name] = torch.cat([v for v in _split(model, given, name) for _ in range(repeat)]) if repeat > 1 else again[name]
+        again[name] = (
+            torch.cat([v for v in _split(model, given, name) for _ in range(repeat)]) if repeat > 1 else again[name]
+        )
     new = out.sequences.shape[1] - given["input_ids"].shape[1]
     again["attention_mask"] = torch.nn.functional.pad(again["attention_mask"], (0, new), value=1)
     prompt = again.pop("input_ids")
@@ -156,7 +158,12 @@ def test_eight_bits_in_generate(family, mode):
 
     again["attention_mask"] = again["attention_mask"][:, :-new]
     stock = rm.generate(
-        model, dict(again, input_ids=prompt), new=new, return_dict_in_generate=True, output_logits=True, logits_processor=[Follow()]
+        model,
+        dict(again, input_ids=prompt),
+        new=new,
+        return_dict_in_generate=True,
+        output_logits=True,
+        logits_processor=[Follow()],
     )
     assert torch.equal(stock.sequences, out.sequences)
     assert relative(steps, torch.stack(stock.logits, 1)) < EIGHT_BIT
@@ -188,7 +195,10 @@ def test_half_precision(name):
 def test_group_and_residual_of_any_size(group, residual):
     model = rm.make("qwen2")
     given = rm.inputs(model, [rm.words(201), rm.words(150, 1)])
-    for method in (mmkv.cache.KIVI(bits=2, group=group, residual=residual), mmkv.cache.VidKV(group=group, residual=residual)):
+    for method in (
+        mmkv.cache.KIVI(bits=2, group=group, residual=residual),
+        mmkv.cache.VidKV(group=group, residual=residual),
+    ):
         with mmkv.wrapped(model, cache=[method]), checked_attention() as errors:
             rm.generate(model, given, new=4)
         assert errors

@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for NVIDIA GPUs, on any machine: `python tests/kernels/compile_for_gpu.py`.
 
-The interpreter accepts much that the compiler refuses. Launches on CPU tensors are caught and compiled instead; what the
-tensors hold does not matter.
+The interpreter accepts much that the compiler refuses. Launches on CPU tensors are caught and compiled instead; what
+the tensors hold does not matter.
 """
 
 from __future__ import annotations
@@ -10,7 +10,18 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from mmkv.kernels import Spec, Table, attend_packed_triton, gaussian, mean_only, minmax, pack_triton, symmetric, ternary
+from mmkv.kernels import (
+    Blocks,
+    Spec,
+    Table,
+    attend_packed_triton,
+    gaussian,
+    mean_only,
+    minmax,
+    pack_triton,
+    symmetric,
+    ternary,
+)
 
 
 class Driver:
@@ -33,7 +44,7 @@ class Driver:
 
 
 class Compile:
-    """Stands in for a kernel: `kernel[grid](*args)` specialises and compiles as a launch would, and launches nothing."""
+    """Stands in for a kernel: `kernel[grid](*args)` compiles as a launch would, and launches nothing."""
 
     def __init__(self, kernel: triton.JITFunction):
         self.kernel, self.shared = kernel, []
@@ -64,20 +75,19 @@ def main() -> None:
     kernels = [Compile(getattr(module, name)) for module, name in names]
     for (module, name), kernel in zip(names, kernels):
         setattr(module, name, kernel)
-    runs = ((90, torch.bfloat16, 256, 1, (0, 1)), (80, torch.float32, 80, 9, (0, 2)))
-    for capability, dtype, d, tq, which in runs:
+    triton.runtime.driver.set_active(Driver(90))
+    for spec in (spec for i in (0, 2) for spec in formats(128, 128)[i]):
+        pack_triton.pack_blocks_triton(torch.zeros(1, 128, 128, dtype=torch.bfloat16), torch.ones(1).int(), spec)
+    runs = ((90, torch.bfloat16, 256, 1, 0), (80, torch.float32, 80, 9, 1), (90, torch.float16, 96, 1, 2))
+    for capability, dtype, d, tq, i in runs:
         triton.runtime.driver.set_active(Driver(capability))
-        for i in which:
-            spec_k, spec_v = formats(d, 128)[i]
-            x, count = torch.zeros(4, 128, d, dtype=dtype), torch.full((4,), 128)
-            keys, values = (pack_triton.pack_blocks_triton(x, count, s) for s in (spec_k, spec_v))
-            zeros = torch.zeros(2, 1 + i, dtype=torch.int32)
-            masked = i == 0
-            attend_packed_triton.attend_packed_triton(
-                torch.zeros(1, 14, tq, d, dtype=dtype), keys, values, Table(zeros, zeros, zeros), scale=0.1,
-                softcap=5.0 if masked else None, q_positions=torch.zeros(1, tq).long() if masked else None,
-                causal=masked, window=7 if masked else None, splits=2,
-            )  # fmt: skip
+        zeros = torch.zeros(2, 1 + i, dtype=torch.int32)
+        at = None if i == 1 else torch.zeros(1, tq, dtype=torch.int64)
+        attend_packed_triton.attend_packed_triton(
+            torch.zeros(1, 14, tq, d, dtype=dtype), *(Blocks.empty(spec, 4) for spec in formats(d, 128)[i]),
+            Table(zeros, zeros, zeros), scale=0.1, softcap=None if at is None else 5.0, q_positions=at,
+            causal=at is not None, window=None if at is None else 7, splits=2,
+        )  # fmt: skip
     for (_, name), kernel in zip(names, kernels):
         assert kernel.shared, f"{name} was not launched"
         assert max(kernel.shared) <= 99 * 1024, f"{name} needs {max(kernel.shared)} bytes of shared memory"

@@ -1,4 +1,4 @@
-"""Without a CUDA device the Triton twins run in Triton's interpreter, chosen before Triton is imported."""
+"""Without a CUDA device the Triton twins run in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ import sys
 
 import torch
 
-if not torch.cuda.is_available() and "triton" not in sys.modules:
-    os.environ["TRITON_INTERPRET"] = "1"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read by triton.jit, so this must come before mmkv's kernels are imported
 
 
 def interpreted() -> None:
-    """Raises unless the interpreter is on; mends Triton 3.5's, whose loop bounds NumPy >= 2.4 refuses to convert."""
+    """Makes sure that the interpreter works, in whatever state earlier tests left Triton."""
     if torch.cuda.is_available():
         return
     import triton
     from triton.runtime import interpreter
 
-    if isinstance(triton.language.sum, triton.runtime.JITFunction):
-        raise RuntimeError("Triton was imported before TRITON_INTERPRET was set: set it in tests/conftest.py")
+    # Where something imported Triton before the variable was set, its own library is not interpreted yet.
+    for module in [m for name, m in sys.modules.items() if name.startswith("triton.language")]:
+        for name, f in list(vars(module).items()):
+            if isinstance(f, triton.runtime.JITFunction):
+                setattr(module, name, interpreter.InterpretedFunction(f.fn))
+    # Triton 3.5's cannot convert loop bounds under NumPy >= 2.4.
     patch = interpreter._patch_lang_tensor
-    if patch.__code__.co_argcount == 1:
+    if patch.__code__.co_varnames[: patch.__code__.co_argcount] == ("tensor",) and patch.__name__ != "mended":
 
         def mended(tensor):
             patch(tensor)

@@ -5,7 +5,7 @@ import torch
 
 from mmkv.kernels import attend_dense
 
-from .naive import attention, close
+from .naive import attention, close, rms
 
 
 def naive(q, k, v, scale, mask=None, softcap=None):
@@ -36,7 +36,7 @@ def test_shapes(hkv, g, tq, t, softcap):
 def test_masks(monkeypatch, shape, tiles):
     if tiles:
         module = sys.modules["mmkv.kernels.attend_dense"]
-        monkeypatch.setattr(module, "TILE_SCORES", tiles[0])
+        monkeypatch.setitem(module.TILE_SCORES, "cpu", tiles[0])
         monkeypatch.setattr(module, "TILE_KEYS", tiles[1])
     q, k, v = torch.randn(2, 4, 6, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)
     mask = torch.rand(shape) < 0.3
@@ -54,7 +54,7 @@ def test_agrees_with_sdpa():
     q, k, v = torch.randn(1, 4, 20, 32), torch.randn(1, 4, 20, 32), torch.randn(1, 4, 20, 32)
     causal = torch.ones(20, 20, dtype=torch.bool).tril()
     out, _ = attend_dense(q, k, v, scale=32**-0.5, mask=causal)
-    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+    assert rms(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)) < 1e-5
 
 
 def test_what_does_not_fit_raises():

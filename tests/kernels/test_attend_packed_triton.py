@@ -117,10 +117,9 @@ def test_nothing_to_see():
     both(c)
 
 
-def test_offsets_of_64_bits(monkeypatch):
+@pytest.mark.gpu
+def test_offsets_of_64_bits():
     """Block ids times bytes per block exceed 2^31: the kernel must see the same block at both ends of the pool."""
-    if DEVICE == "cpu":
-        pytest.skip("the interpreter's offsets are of 64 bits anyway; the type is asserted in test_compile_for_gpu")
     k, v = FORMATS["kivi"](48, 48, 32)
     c = case(k, v, b=1, hkv=1, g=1, slots=1)
     n = 2**31 // k.code_bytes + 8

@@ -1,5 +1,6 @@
 """The Triton twin against the reference: on a GPU where there is one, else in Triton's interpreter."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,10 +79,12 @@ def test_padding_and_huge_numbers():
     both(x[:0], torch.tensor([], dtype=torch.int64), spec)
 
 
+@pytest.mark.slow
 def test_compiles_for_gpus():
     """What the interpreter accepts must compile: for sm_80 and sm_90, without a GPU, in a process of its own."""
     script = Path(__file__).with_name("compile_for_gpu.py")
-    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[2])
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=500, env=env)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
     assert done.stdout.count("variants") == 4

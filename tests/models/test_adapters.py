@@ -151,7 +151,9 @@ def chunks(model, embeds, positions, sizes=(40, 1, 33, 100)):
     return torch.cat(out, dim=1)
 
 
-@pytest.mark.parametrize("family", sorted(set(rm.FAMILIES) - {"qwen3_vl"}))  # deepstack features do not travel with embeds
+@pytest.mark.parametrize(
+    "family", sorted(set(rm.FAMILIES) - {"qwen3_vl"})
+)  # deepstack features do not travel with embeds
 def test_manual_chunks_are_stock(family):
     model = rm.make(family)
     given = rm.inputs(model, [rm.default_prompt(model)])
@@ -200,7 +202,11 @@ def footprint(model) -> dict:
     found = {}
     for name, module in model.named_modules():
         found[name] = sorted(k for k in module.__dict__ if not k.startswith("__"))
-        found[name, "hooks"] = [len(v) for k, v in sorted(module.__dict__.items()) if k.endswith(("_hooks", "_hooks_with_kwargs", "_always_called"))]
+        found[name, "hooks"] = [
+            len(v)
+            for k, v in sorted(module.__dict__.items())
+            if k.endswith(("_hooks", "_hooks_with_kwargs", "_always_called"))
+        ]
     for name in ("", "text_config", "vision_config"):
         config = getattr(model.config, name, None) if name else model.config
         found["config", name] = None if config is None else (sorted(config.__dict__), config._attn_implementation)

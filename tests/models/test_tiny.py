@@ -58,14 +58,18 @@ def test_training_forward_equals_the_library(loaded, monkeypatch):
         pairs = torch.from_numpy(video.frames).float().view(8, 2, 64, 64, 3) / 127.5 - 1
         features = fast.see(model.model.visual, pairs).view(1, -1, 256)
         position = model.model.get_rope_index(
-            **{k: inputs[k] for k in ("input_ids", "mm_token_type_ids", "video_grid_thw", "second_per_grid_ts") if k in inputs}
+            **{
+                k: inputs[k]
+                for k in ("input_ids", "mm_token_type_ids", "video_grid_thw", "second_per_grid_ts")
+                if k in inputs
+            }
         )[0][0, 0, 131]
         ids = torch.tensor([[data.encode(q)[0]]])
         start = position.view(1)
         text = (start[:, None] + 1 + torch.arange(data.SLOT)).expand(3, -1, -1)
         head = torch.tensor([data.IDS[w] for w in ("<|im_start|>", "user", "<|vision_start|>", "<|vision_end|>")])
         positions = fast.prefix_positions(8, torch.ones(1), start)
-        hidden = fast.read(model.model.language_model, head, features, ids, positions, text)
+        hidden, _ = fast.read(model.model.language_model, head, features, ids, positions, text)
         ours = hidden[0, 0] @ model.model.language_model.embed_tokens.weight.T
     assert torch.allclose(ours[: len(theirs)], theirs, atol=2e-3)
 
