@@ -35,20 +35,20 @@ SEED = 2**42  # training seeds are below 2**40, the model's own evaluation uses 
 
 STUDY = {
     "kivi-2, groups of 32": KIVI(group=32, channel_group=32),
-    "vidkv, values per channel": VidKV(value_basis="channel"),
-    "vidkv, no fft": VidKV(fft=False),
-    "vidkv, min-max": VidKV(codebook="minmax"),
-    "vidkv, min-max, values per channel": VidKV(codebook="minmax", value_basis="channel"),
     "vidkv, paper's groups of 32": VidKV(codebook="minmax", value_basis="channel", group=32),
-    "vidkv, key bits 1.25": VidKV(key_bits=1.25),
-    "vidkv, key bits 1": VidKV(key_bits=1.0),
-    "vidkv, groups of 64": VidKV(group=64, residual=32),
-    "vidkv, groups of 32": VidKV(group=32, residual=32),
-    "vidkv, order per head": VidKV(order="head"),
-    "vidkv, 8-bit scales, groups of 64": VidKV(group=64, residual=32, scale_bits=8),
-    "vidkv, 2-bit keys": VidKV(key_bits=2.0),
-    "vidkv, 2-bit values": VidKV(value_bits=2),
     "vidkv official, groups of 32": VidKV(official=True, group=32),
+    "vidkv, min-max": VidKV(codebook="minmax"),
+    "vidkv, gaussian": VidKV(codebook="gaussian"),
+    "vidkv, lloyd": VidKV(codebook="lloyd"),
+    "vidkv, lloyd, no fft": VidKV(codebook="lloyd", fft=False),
+    "vidkv, lloyd, no fft, values per channel": VidKV(codebook="lloyd", fft=False, value_basis="channel"),
+    "vidkv, lloyd, no fft, order per head": VidKV(codebook="lloyd", fft=False, order="head"),
+    "vidkv, lloyd, no fft, groups of 64": VidKV(codebook="lloyd", fft=False, group=64, residual=32),
+    "vidkv, lloyd, no fft, 8-bit scales": VidKV(codebook="lloyd", fft=False, scale_bits=8),
+    "vidkv, lloyd, no fft, key bits 1.25": VidKV(codebook="lloyd", fft=False, key_bits=1.25),
+    "vidkv, lloyd, no fft, key bits 1": VidKV(codebook="lloyd", fft=False, key_bits=1),
+    "vidkv, lloyd, 2-bit keys": VidKV(codebook="lloyd", key_bits=2),
+    "vidkv, lloyd, no fft, 2-bit values": VidKV(codebook="lloyd", fft=False, value_bits=2),
 }
 
 

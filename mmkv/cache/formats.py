@@ -57,6 +57,8 @@ class Side:
     def __post_init__(self):
         if self.scale_bits not in (8, 16):
             raise ValueError(f"scale_bits {self.scale_bits!r}: possible are 8, 16")
+        if not isinstance(self.channel_group, int) or self.channel_group < 0:
+            raise ValueError(f"channel_group {self.channel_group!r}: possible are 0 (the whole head) or a divisor of the head size")
 
     def sizes(self, channels: int) -> list[int]:
         """Channels of each class; a class that rounds to nothing is left out, the last takes the rest."""

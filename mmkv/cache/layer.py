@@ -107,7 +107,9 @@ class KVLayer(CacheLayerMixin):
             at = slice(int(columns[0]) - self.start, int(columns[-1]) + 1 - self.start)
         keys, values = self.keys[row, :, at], self.values[row, :, at]
         segment = self._segment(row, form)
-        segment.packer.fit(row, keys)
+        # new media rank the channels of the segment they open; old tokens that had waited in the tail do not
+        recent = int((columns < self.seen - self.new).sum())
+        segment.packer.fit(row, keys[:, recent:] if columns.numel() - recent >= form.group else keys)
         segment.append(row, keys, values, columns)
 
     def _segment(self, row: int, form) -> PackedSegment:

@@ -72,8 +72,8 @@ class VidKV(CacheMethod):
             )
         if not 0 <= self.stp < 1:
             raise ValueError(f"stp {self.stp}: possible are 0 to below 1 (share of vision tokens with 2-bit values)")
-        if self.codebook not in ("gaussian", "minmax"):
-            raise ValueError(f"codebook {self.codebook!r}: possible are 'gaussian', 'minmax'")
+        if self.codebook not in ("lloyd", "gaussian", "minmax"):
+            raise ValueError(f"codebook {self.codebook!r}: possible are 'lloyd', 'gaussian', 'minmax'")
         if self.value_basis not in ("channel", "rotated"):
             raise ValueError(f"value_basis {self.value_basis!r}: possible are 'channel', 'rotated'")
         if self.order not in ("layer", "head"):
@@ -100,7 +100,7 @@ class VidKV(CacheMethod):
         if self.official:
             easy, imaginary = _OFFICIAL_REAL, _OFFICIAL_IMAGINARY
         else:
-            easy, imaginary = (code("gaussian", 1) if self.codebook == "gaussian" else sign(zero=True)), None
+            easy, imaginary = (sign(zero=True) if self.codebook == "minmax" else code(self.codebook, 1)), None
         fft = self.fft or self.official
         share = self.key_bits - 1
         classes = [ChannelClass(share, hard)] if share else []
@@ -115,10 +115,11 @@ class VidKV(CacheMethod):
         if bits == 1.58 and (self.official or self.codebook == "minmax"):
             gamma = 0.5 if self.official else self.gamma
             quantizer = ternary(gamma, scale="one" if self.official else "fit")
-        elif rotated and self.codebook == "gaussian" and bits <= 4:
+        elif rotated and self.codebook != "minmax" and bits <= 4:
             quantizer = code("rotated", bits)  # a rotated head has no mean to speak of
         else:
-            quantizer = code("minmax" if self.official or bits > 4 else self.codebook, bits)
+            kind = "gaussian" if bits == 1.58 else self.codebook
+            quantizer = code("minmax" if self.official or bits > 4 else kind, bits)
         classes = (ChannelClass(1.0, quantizer),)
         basis = "hadamard" if rotated else "none"
         return Side("token" if rotated else "channel", classes, basis=basis, scale_bits=self.scale_bits)

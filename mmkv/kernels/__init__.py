@@ -4,7 +4,7 @@ from .attend_dense import attend_dense
 from .attend_packed import attend_packed
 from .basis import hadamard, real_fft
 from .blocks import Blocks
-from .codes import code, gaussian, mean_only, minmax, sign, symmetric, ternary
+from .codes import code, gaussian, lloyd, mean_only, minmax, sign, symmetric, ternary
 from .dispatch import which_kernels
 from .merge import merge, merge_sinks
 from .pack import pack_blocks, unpack_blocks
@@ -14,6 +14,6 @@ from .table import Table
 
 __all__ = [
     "Blocks", "Code", "Mass", "Spec", "Table", "attend_dense", "attend_packed", "code", "gaussian", "hadamard",
-    "mean_only", "merge", "merge_sinks", "minmax", "pack_blocks", "probe", "real_fft", "sign", "symmetric", "ternary",
+    "lloyd", "mean_only", "merge", "merge_sinks", "minmax", "pack_blocks", "probe", "real_fft", "sign", "symmetric", "ternary",
     "unpack_blocks", "which_kernels",
 ]  # fmt: skip

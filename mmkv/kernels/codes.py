@@ -37,6 +37,17 @@ def minmax(bits: int) -> Code:
 
 
 @cache
+def lloyd(bits: int, rounds: int = 4) -> Code:
+    """Evenly spaced levels whose zero point and scale are fitted to each group by Lloyd's algorithm (1982).
+
+    Starts from min-max. Video keys are a crowd (background) and outliers (what moves), neither normal nor uniform: one
+    bit becomes two-means, two bits keep outliers without giving up the crowd.
+    """
+    start = minmax(bits)
+    return Code(f"lloyd{bits}", start.levels, start.bounds, zero="min", unit="range", refine=rounds)
+
+
+@cache
 def symmetric(bits: int) -> Code:
     """Absmax quantizer without zero point; scale = max |x| / (L/2 - 1).
 
@@ -107,6 +118,7 @@ def mean_only() -> Code:
 
 _KINDS: dict[str, tuple[Callable[[float], Code], tuple[float, ...]]] = {
     "minmax": (minmax, (1, 2, 4, 8)),
+    "lloyd": (lloyd, (1, 2, 4)),
     "symmetric": (symmetric, (1, 2, 4, 8)),
     "sign": (lambda bits: sign(zero=True), (1,)),
     "ternary": (lambda bits: ternary(), (1.58,)),

@@ -112,6 +112,9 @@ class _Group:
             v = v.nan_to_num(0.0, torch.inf, -torch.inf).clamp(-big, big)
         n = (ok.sum(-1, keepdim=True) * (v.shape[-1] // ok.shape[-1])).clamp(min=1)  # ok may broadcast over v
         self.zero = self._zero(v, ok, n)
+        if code.refine:
+            self._refine(v, ok, n)
+            return
         d = torch.where(ok, v - self.zero, 0.0)
         self.d, self.zero = d, self.zero.squeeze(-1)
         if code.per_byte:
@@ -147,6 +150,23 @@ class _Group:
         levels = torch.where(ok, levels, 0.0)
         power = levels.square().sum(-1, keepdim=True)
         return _round_fp16(((levels * d).sum(-1, keepdim=True) / power.clamp(min=1e-30)).clamp(min=0.0))
+
+    def _refine(self, v: Tensor, ok: Tensor, n: Tensor) -> None:
+        """Lloyd's algorithm on zero point and scale, from the min-max ones: an outlier or a crowd gets its own level."""
+        d = torch.where(ok, v - self.zero, 0.0)
+        unit, shift = self._unit(d, ok, n), torch.zeros_like(self.zero)
+        mean = d.sum(-1, keepdim=True) / n
+        for _ in range(self.code.refine):
+            level = torch.where(ok, encode(d - shift, unit, self.code).float(), 0.0) + self.code.levels[0] * ok
+            middle = level.sum(-1, keepdim=True) / n
+            spread = level.square().sum(-1, keepdim=True) / n - middle.square()
+            slope = (level * d).sum(-1, keepdim=True) / n - middle * mean
+            unit = torch.where(spread > 1e-6, slope / spread.clamp(min=1e-6), unit).clamp(min=0.0)
+            shift = torch.where(spread > 1e-6, mean - unit * middle, shift)
+        zero = _round_fp16(self.zero + shift)
+        self.d, self.zero = torch.where(ok, v - zero, 0.0), zero.squeeze(-1)
+        self.unit = _round_fp16(unit)
+        self.scale = self.unit.squeeze(-1)
 
     def codes(self) -> Tensor:
         """uint8 [n, groups.., length], 0 at padding; must be called after `scale` is what decoding will see."""

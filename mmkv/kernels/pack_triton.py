@@ -73,7 +73,7 @@ def _fp16(b):
 def _measure(
     p_x, p_count, p_zero, p_unit, p_scale, GROUP, C, NGROUPS, S_ZERO, S_UNIT,
     FIRST: tl.constexpr, LEN: tl.constexpr, NCG: tl.constexpr, ZERO: tl.constexpr, UNIT: tl.constexpr,
-    FIT: tl.constexpr, HAS_ZERO: tl.constexpr, BOUNDS: tl.constexpr, LEVELS: tl.constexpr, ROUND: tl.constexpr,
+    FIT: tl.constexpr, REFINE: tl.constexpr, HAS_ZERO: tl.constexpr, BOUNDS: tl.constexpr, LEVELS: tl.constexpr, ROUND: tl.constexpr,
     BG: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """Program (block, run of groups): zero fp16, unit fp32 and scale fp32 (a number that fp16 holds) of each group."""
@@ -95,7 +95,7 @@ def _measure(
     elif ZERO == "min":
         b_zero = tl.min(tl.where(m_ok, b_x, float("inf")), 1)
         b_zero = _fp16(tl.where(b_zero == float("inf"), 0.0, b_zero))
-    if HAS_ZERO:
+    if HAS_ZERO and REFINE == 0:
         tl.store(p_zero + i_n * S_ZERO + i_g, b_zero.to(tl.float16), mask=m_g)
 
     if len(LEVELS) > 1:
@@ -114,6 +114,20 @@ def _measure(
             b_unit = tl.div_rn(tl.sum(tl.abs(b_d), 1), b_ok)
         else:
             b_unit = tl.sqrt_rn(tl.div_rn(tl.sum(b_d * b_d, 1), b_ok))
+        if REFINE > 0:
+            b_shift = tl.zeros((BG,), dtype=tl.float32)
+            b_mean = tl.div_rn(tl.sum(b_d, 1), b_ok)
+            for _ in tl.static_range(REFINE):
+                b_level = _level_of(_code_of(b_d - b_shift[:, None], b_unit, BOUNDS, LEVELS[0], ROUND), LEVELS, ROUND)
+                b_level = tl.where(m_ok, b_level, 0.0)
+                b_middle = tl.div_rn(tl.sum(b_level, 1), b_ok)
+                b_spread = tl.div_rn(tl.sum(b_level * b_level, 1), b_ok) - b_middle * b_middle
+                b_slope = tl.div_rn(tl.sum(b_level * b_d, 1), b_ok) - b_middle * b_mean
+                b_fitted = tl.maximum(tl.div_rn(b_slope, tl.maximum(b_spread, 1e-6)), 0.0)
+                b_unit = tl.where(b_spread > 1e-6, b_fitted, b_unit)
+                b_shift = tl.where(b_spread > 1e-6, b_mean - b_unit * b_middle, b_shift)
+            b_zero = _fp16(b_zero + b_shift)
+            tl.store(p_zero + i_n * S_ZERO + i_g, b_zero.to(tl.float16), mask=m_g)
         tl.store(p_unit + i_n * S_UNIT + i_g, b_unit, mask=m_g)
         b_scale = b_unit
         if FIT:
@@ -195,7 +209,7 @@ def pack_blocks_triton(x: Tensor, count: Tensor, spec: Spec) -> Blocks:
             _measure[(n, triton.cdiv(k, tile))](
                 x, count, zero[:, at_zero:], unit[:, at_unit:], scale[:, at_unit:],
                 spec.group, c, k, zero.stride(0), unit.stride(0), first, length, ncg, code.zero, code.unit,
-                code.scale == "fit", code.has_zero, *_constants(code), tile, bi,
+                code.scale == "fit", code.refine, code.has_zero, *_constants(code), tile, bi,
             )  # fmt: skip
         first, at_zero = first + width, at_zero + k * code.has_zero
         at_unit += k if code.per_byte else 0

@@ -30,6 +30,8 @@ class Code:
         unit: "range" ((max - min) / (len(levels) - 1)), "absmax" (max |x| / levels[-1]), "std" or "mean_abs" of
             x - zero.
         scale: "unit", "fit" (least squares given the codes) or "one".
+        refine: rounds of Lloyd's algorithm on (zero, scale): choose codes, fit both to them by least squares. Only with
+            zero "min", unit "range" and scale "unit", which are its start.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Code:
     zero: Literal["none", "min", "mean"] = "none"
     unit: Literal["range", "absmax", "std", "mean_abs"] = "absmax"
     scale: Literal["unit", "fit", "one"] = "unit"
+    refine: int = 0
 
     def __post_init__(self):
         if len(self.levels) not in CODES_PER_BYTE:
@@ -46,6 +49,9 @@ class Code:
             raise ValueError(
                 f"{self.name}: {len(self.levels)} levels need {len(self.levels) - 1} bounds, not {len(self.bounds)}"
             )
+
+        if self.refine and (self.zero, self.unit, self.scale) != ("min", "range", "unit"):
+            raise ValueError(f"{self.name}: refine needs zero 'min', unit 'range' and scale 'unit'")
 
     @property
     def per_byte(self) -> int:

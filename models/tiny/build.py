@@ -60,10 +60,11 @@ def make_processor():
         patch_size=8, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
         size={"shortest_edge": 64 * 64, "longest_edge": 64 * 64},
     )  # fmt: skip
+    frames = dict(fps=2, min_frames=2, max_frames=2048, do_sample_frames=False, cap_pixels_per_frame=False)
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**pixels),
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(**pixels, fps=2, min_frames=2, max_frames=2048, do_sample_frames=False),
+        video_processor=Qwen2VLVideoProcessor(**pixels, **frames),
         chat_template=CHAT_TEMPLATE,
     )
 

@@ -147,7 +147,9 @@ def pick(questions, count, rng, weights=None):
     chosen = []
     for task, n in zip(tasks, quota, strict=True):
         pool = by_task[task]
-        chosen += [pool[i] for i in (rng.permutation(len(pool))[:n] if n <= len(pool) else rng.integers(len(pool), size=n))]
+        chosen += [
+            pool[i] for i in (rng.permutation(len(pool))[:n] if n <= len(pool) else rng.integers(len(pool), size=n))
+        ]
     return chosen
 
 

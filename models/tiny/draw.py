@@ -63,7 +63,9 @@ def sprite(name: str, radius: float) -> np.ndarray:
         cv2.rectangle(image, (c - half, c - arm), (c + half, c + arm), 255, -1)
         cv2.rectangle(image, (c - arm, c - half), (c + arm, c + half), 255, -1)
     elif name == "bar":
-        cv2.rectangle(image, (c - round(r * 1.1), c - round(r * 0.35)), (c + round(r * 1.1), c + round(r * 0.35)), 255, -1)
+        cv2.rectangle(
+            image, (c - round(r * 1.1), c - round(r * 0.35)), (c + round(r * 1.1), c + round(r * 0.35)), 255, -1
+        )
     elif name == "heart":
         for side_ in (-1, 1):
             cv2.circle(image, (round(c + side_ * r * 0.46), round(c - r * 0.35)), round(r * 0.5), 255, -1)
@@ -97,7 +99,9 @@ def background(kind: str, side: int, frames: int, rng: np.random.Generator) -> n
     cells = int(rng.integers(4, 12))
     coarse = rng.uniform(-1, 1, (cells, cells, 3)).astype(np.float32)
     coarse = coarse * 0.4 + coarse.mean(axis=2, keepdims=True) * 0.6  # mostly grey, so that colours stay nameable
-    texture = cv2.resize(coarse, (side, side), interpolation=cv2.INTER_CUBIC if rng.random() < 0.5 else cv2.INTER_NEAREST)
+    texture = cv2.resize(
+        coarse, (side, side), interpolation=cv2.INTER_CUBIC if rng.random() < 0.5 else cv2.INTER_NEAREST
+    )
     still = still + rng.uniform(20, 50) * texture
     for _ in range(int(rng.integers(0, 6))):  # thin grey lines: edges that belong to no object
         (x0, y0, x1, y1), shade = rng.integers(0, side, 4), float(rng.uniform(20, 170))

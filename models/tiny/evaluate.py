@@ -58,24 +58,31 @@ def main():
     import transformers
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--videos", type=int, default=60, help="per split and length")
+    parser.add_argument("--videos", type=int, default=30, help="per split and length")
     parser.add_argument("--questions", type=int, default=12, help="per video")
+    parser.add_argument("--choices", type=int, default=4, help="of these also as multiple choice")
+    parser.add_argument("--split", nargs="+", default=["easy", "stress"], help="splits to measure; others are kept")
     parser.add_argument("--frames", type=int, nargs="+", default=[16, 128])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "accuracy.json")
     args = parser.parse_args()
     model, processor = load()
     versions = {m.__name__: m.__version__ for m in (torch, transformers, av)}
     report = {"versions": versions, "held_out_seed": HELD_OUT, "split": {}}
-    for split in ("easy", "stress"):
+    if args.out.exists():
+        report["split"] = json.loads(args.out.read_text())["split"]
+    for split in args.split:
+        report["split"].pop(split, None)
         for frames in args.frames:
             start = time.time()
-            row = measure(model, processor, split, frames, args.videos, args.questions, choices=4)
+            row = measure(model, processor, split, frames, args.videos, args.questions, args.choices)
             report["split"].setdefault(split, {})[str(frames)] = row
             print(split, frames, json.dumps(row), f"{time.time() - start:.0f} s", flush=True)
         row = measure(model, processor, split, args.frames[-1], max(4, args.videos // 6), args.questions, 0, blank=True)
         report["split"][split]["blank"] = row
         print(split, "blank", row["accuracy"], flush=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+        if args.out.exists():  # two runs may share the file
+            report["split"] = json.loads(args.out.read_text())["split"] | {split: report["split"][split]}
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def vision_block(x, cos, sin, windowed: bool, p):
     q, k, v = linear(norm(x, n1), qkv_w, qkv_b).view(n, 64, 3, 2, 64).unbind(2)
     q, k = (rotate(t, cos[:, None], sin[:, None]) for t in (q, k))
     if windowed:  # 4 x 4 patches: 2 x 2 merge blocks, which lie in a 4 x 4 grid
+
         def split(t):
             return t.view(n, 2, 2, 2, 2, 4, 2, 64).permute(0, 1, 3, 6, 2, 4, 5, 7).reshape(n * 4 * 2, 16, 64)
 

@@ -58,7 +58,16 @@ def all_questions(scene) -> list[Question]:
     shapes = EASY_SHAPES if easy else STRESS_SHAPES
     questions = []
     for task, text, answer, about in facts:
-        families = (colours, shapes, wheres, MOVES[1:], SIZES, DIGITS if task == "read" else COUNTS, DRAWN_WORDS, ["yes", "no"])
+        families = (
+            colours,
+            shapes,
+            wheres,
+            MOVES[1:],
+            SIZES,
+            DIGITS if task == "read" else COUNTS,
+            DRAWN_WORDS,
+            ["yes", "no"],
+        )
         pool = next((p for p in families if answer in p), None)
         if pool is None:  # "red circle": keep a wrong colour or a wrong name near the right one
             pool = [f"{o.colour} {spoken(o.name)}" for o in scene.things]
@@ -138,7 +147,7 @@ def _stress(scene, rng):
         if a.name in STRESS_SHAPES:
             yield "before", forms["before"][0].format(c=b.colour, n=spoken(b.name)), first, i + 1
     shapes = [o for o in things if o.name in STRESS_SHAPES]
-    for i in range(len(shapes) - 1):
+    for _ in range(len(shapes) - 1):
         a, b = (shapes[j] for j in rng.choice(len(shapes), 2, replace=False))
         text = forms["order"][0].format(c=a.colour, n=a.name, c2=b.colour, n2=b.name)
         yield "order", text, "yes" if a.start < b.start else "no", things.index(b)

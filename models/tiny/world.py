@@ -62,7 +62,12 @@ class Thing:
         """Bounds of everything it covers in frames [t0, t1): left, top, right, bottom, px."""
         (xa, ya), (xb, yb) = self.at(t0), self.at(t1 - 1)
         half = self.radius * (1.8 if self.name in DRAWN_WORDS else 1.25) + 1
-        return min(xa, xb) - half, min(ya, yb) - self.radius * 1.25 - 1, max(xa, xb) + half, max(ya, yb) + self.radius * 1.25 + 1
+        return (
+            min(xa, xb) - half,
+            min(ya, yb) - self.radius * 1.25 - 1,
+            max(xa, xb) + half,
+            max(ya, yb) + self.radius * 1.25 + 1,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

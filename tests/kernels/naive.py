@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmkv.kernels import Blocks, Spec, Table, gaussian, mean_only, minmax, pack_blocks, sign, symmetric, ternary
+from mmkv.kernels import Blocks, Spec, Table, gaussian, lloyd, mean_only, minmax, pack_blocks, sign, symmetric, ternary
 
 CODES = {
     "minmax1": minmax(1), "minmax2": minmax(2), "minmax4": minmax(4), "minmax8": minmax(8),
@@ -15,6 +15,7 @@ CODES = {
     "sign": sign(), "sign-mean": sign(zero=True),
     "ternary": ternary(), "ternary-mean": ternary(zero=True), "ternary-unscaled": ternary(0.5, scale="one"),
     "gaussian0": gaussian(0), "gaussian1": gaussian(1), "gaussian1.58": gaussian(1.58), "gaussian2": gaussian(2),
+    "lloyd1": lloyd(1), "lloyd2": lloyd(2),
     "gaussian4": gaussian(4), "gaussian4-fit": gaussian(4, scale="fit"), "rotated1.58": gaussian(1.58, zero="none"),
     "nothing": gaussian(0, zero="none"), "mean": mean_only(),
 }  # fmt: skip

@@ -1,7 +1,19 @@
 import pytest
 import torch
 
-from mmkv.kernels import Spec, gaussian, mean_only, minmax, pack_blocks, sign, symmetric, ternary, unpack_blocks
+from mmkv.kernels import (
+    Code,
+    Spec,
+    gaussian,
+    lloyd,
+    mean_only,
+    minmax,
+    pack_blocks,
+    sign,
+    symmetric,
+    ternary,
+    unpack_blocks,
+)
 from mmkv.kernels.digits import decode_digits, deinterleave, interleave, pack_digits
 
 from .naive import CODES, rms
@@ -242,3 +254,33 @@ def test_digits_there_and_back(name, n):
     assert torch.equal(deinterleave(levels, code, n), want)
     x = torch.randn(3, n)
     assert rms((interleave(x, code) * levels).sum(-1), (x * want).sum(-1)) < 1e-5
+
+
+def test_lloyd_by_hand():
+    """A crowd and one outlier: one bit becomes two-means, 24 zeros with noise none and 8 tens."""
+    x = torch.tensor([0.0] * 24 + [10.0] * 7 + [12.0])[None, :, None]
+    spec = Spec("channel", 32, ((1, lloyd(1)),))
+    blocks = pack_blocks(x, torch.tensor([32]), spec)
+    assert blocks.zero.item() == 0.0
+    assert blocks.scale.item() == pytest.approx(82 / 8, abs=0.01)  # the mean of the eight
+    assert unpack_blocks(blocks)[0, :24].abs().max() == 0
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+@pytest.mark.parametrize("kind", ["normal", "crowd"])
+def test_lloyd_is_never_worse_than_minmax(bits, kind):
+    generator = torch.Generator().manual_seed(bits)
+    x = torch.randn(8, 128, 16, generator=generator)
+    if kind == "crowd":  # a video's keys: mostly background, some tokens far away
+        x = torch.where(torch.rand(8, 128, 16, generator=generator) < 0.1, 5 + x, 0.2 * x)
+    error = {}
+    for name, code in (("lloyd", lloyd(bits)), ("minmax", minmax(bits)), ("gaussian", gaussian(bits))):
+        blocks = pack_blocks(x, torch.full((8,), 128), Spec("channel", 128, ((16, code),)))
+        error[name] = rms(unpack_blocks(blocks), x)
+    assert error["lloyd"] < error["minmax"]
+    assert error["lloyd"] < error["gaussian"] * (0.6 if kind == "crowd" else 1.02)
+
+
+def test_refine_needs_its_start():
+    with pytest.raises(ValueError, match="refine needs"):
+        Code("x", (0.0, 1.0), (0.5,), zero="mean", unit="std", refine=2)
