@@ -1,15 +1,18 @@
 # make demo   a video, a question, the stock cache and the compressed one side by side
 # make test   lint, types and all tests
+# make test-oldest   all tests on the oldest supported transformers and torch, in a .venv-oldest
 # Both set everything up by themselves (a .venv in this folder) and are quick the second time.
 
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: help setup setup-dev demo test lint types format build clean
+OLDEST := transformers==5.2.* torch==2.9.*
+
+.PHONY: test-oldest help setup setup-dev demo test lint types format build clean
 
 help:
-	@echo "make demo | test | lint | types | format | build | setup | setup-dev | clean"
+	@echo "make demo | test | test-oldest | lint | types | format | build | setup | setup-dev | clean"
 
 # A stamp is renewed when pyproject.toml changes. The development set-up holds all that the plain one does.
 .venv/.ready: pyproject.toml tools/setup.sh
@@ -19,6 +22,10 @@ help:
 .venv/.ready-dev: pyproject.toml tools/setup.sh
 	@PYTHON="$(PYTHON)" tools/setup.sh dev
 	@touch .venv/.ready $@
+
+.venv-oldest/.ready: pyproject.toml tools/setup.sh
+	@PYTHON="$(PYTHON)" VENV=.venv-oldest tools/setup.sh dev $(foreach pin,$(OLDEST),'$(pin)')
+	@touch $@
 
 setup: .venv/.ready
 
@@ -41,9 +48,12 @@ format: .venv/.ready-dev
 test: lint types
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
+test-oldest: .venv-oldest/.ready
+	@OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n $(WORKERS)
+
 build: .venv/.ready-dev
 	@$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf .venv build dist outputs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist outputs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

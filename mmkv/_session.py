@@ -37,12 +37,11 @@ class Session:
         for module in self.adapter.attention_modules():
             module._mmkv_stock = self.stock
         self.text_config._attn_implementation = NAME
-        self._hooks = [
-            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            model.register_forward_hook(self._after_model, always_call=True),
-            text_model.register_forward_pre_hook(self._before_text, with_kwargs=True),
-            text_model.register_forward_hook(self._after_text, with_kwargs=True),
-        ]
+        # one by one, so that `detach` finds those that were made before one failed
+        self._hooks.append(model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        self._hooks.append(model.register_forward_hook(self._after_model, always_call=True))
+        self._hooks.append(text_model.register_forward_pre_hook(self._before_text, with_kwargs=True))
+        self._hooks.append(text_model.register_forward_hook(self._after_text, with_kwargs=True))
         model._mmkv = self
 
     def detach(self) -> None:

@@ -48,9 +48,11 @@ class Adapter:
         ids = inputs.get("input_ids")
         kinds = inputs.get("mm_token_type_ids")
         if ids is not None and ids.shape == (batch, length):
-            image, video = self.placeholder_ids()
-            out[(ids == image).cpu()] = IMAGE
-            out[(ids == video).cpu()] = VIDEO
+            # a placeholder that the model itself generated, with no features behind it, is text
+            for kind, placeholder in zip((IMAGE, VIDEO), self.placeholder_ids()):
+                pixels = inputs.get("pixel_values" if kind == IMAGE else "pixel_values_videos")
+                if pixels is not None or features(inputs, kind) is not None:
+                    out[(ids == placeholder).cpu()] = kind
         elif kinds is not None and kinds.shape == (batch, length):
             out = kinds.cpu().to(torch.int8).clamp(0, VIDEO)
         return out
@@ -59,8 +61,11 @@ class Adapter:
         """Token ids that stand for image and for video features; -1 where the model has none."""
         return -1, -1
 
-    def grids(self, inputs: dict, kind: int) -> list[list[tuple[int, int, int]]]:
+    def grids(self, inputs: dict, kind: int, chunk: TokenLayout) -> list[list[tuple[int, int, int]]]:
         """Grid of each medium of a modality in the batch, in order: a list of (frames, rows, cols) parts of tokens each.
+
+        Newer `generate` runs the tower itself and hands the forward features without their grid;
+        an adapter then reads the grid off the features or the position ids.
 
         A part with rows = 0 stands for `frames` tokens that lie on no grid (a newline).
         """
@@ -80,12 +85,18 @@ class Adapter:
             return chunk
         counts = torch.zeros(batch, dtype=torch.int64) if past is None else past.medium.amax(1).long() + 1
         for kind in (IMAGE, VIDEO):
-            _place(chunk, kind, self.grids(inputs, kind), counts)
+            _place(chunk, kind, self.grids(inputs, kind, chunk), counts)
         return chunk
 
     def trained_positions(self, chunk: TokenLayout, start: torch.Tensor, inputs: dict) -> torch.Tensor | None:
         """Position ids `[A, B, T]` by the rule the checkpoints were trained with, None where it equals the installed one."""
         return None
+
+
+def features(inputs: dict, kind: int) -> list[torch.Tensor] | None:
+    """Precomputed features of each medium of a modality, `[tokens, C]` each, from `mm_encoder_outputs`; None without."""
+    outputs = (inputs.get("mm_encoder_outputs") or {}).get("image" if kind == IMAGE else "video")
+    return None if outputs is None else list(outputs.pooler_output)
 
 
 def _place(chunk: TokenLayout, kind: int, grids: list[list[tuple[int, int, int]]], counts: torch.Tensor) -> None:

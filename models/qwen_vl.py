@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mmkv.layout import IMAGE, VIDEO, TokenLayout
-from mmkv.models.adapter import Adapter
+from mmkv.models.adapter import Adapter, features
 
 
 class QwenVL(Adapter):
@@ -20,12 +20,27 @@ class QwenVL(Adapter):
     def placeholder_ids(self) -> tuple[int, int]:
         return self.model.config.image_token_id, self.model.config.video_token_id
 
-    def grids(self, inputs: dict, kind: int) -> list[list[tuple[int, int, int]]]:
+    def grids(self, inputs: dict, kind: int, chunk: TokenLayout) -> list[list[tuple[int, int, int]]]:
         grid = inputs.get("image_grid_thw" if kind == IMAGE else "video_grid_thw")
         if grid is None:
-            return []
+            return self._grids_from_positions(inputs, kind, chunk)
         merge = self.model.config.vision_config.spatial_merge_size
         return [[(t, h // merge, w // merge)] for t, h, w in grid.tolist()]
+
+    def _grids_from_positions(self, inputs: dict, kind: int, chunk: TokenLayout) -> list[list[tuple[int, int, int]]]:
+        """Height and width ids of a medium count its rows and columns from the block's first position on."""
+        media, ids = features(inputs, kind), inputs.get("position_ids")
+        if media is None or ids is None or ids.dim() != 3:
+            return []
+        height, width = ids[-2:, chunk.modality.to(ids.device) == kind].cpu()
+        grids, at = [], 0
+        for medium in media:
+            n = len(medium)
+            cols = _run(width[at : at + n])
+            rows = _run(height[at : at + n : cols])
+            grids.append([(n // (rows * cols), rows, cols)])
+            at += n
+        return grids
 
     def trained_positions(self, chunk: TokenLayout, start: torch.Tensor, inputs: dict) -> torch.Tensor | None:
         """Text after a vision block continues at 1 + the largest id of the block (transformers before 5.3, and training).
@@ -40,6 +55,8 @@ class QwenVL(Adapter):
         """
         if self.model.config.model_type == "qwen3_vl":
             return None  # every temporal patch is a block of its own: the rules agree
+        if bool((chunk.visual & (chunk.frame < 0)).any()):
+            raise ValueError("positions='trained' needs the grids of images and videos; pass them beside the features")
         batch, length = chunk.modality.shape
         ids = torch.ones(3, batch, length, dtype=torch.int64)
         seconds = self._seconds(chunk, inputs)
@@ -74,3 +91,9 @@ class QwenVL(Adapter):
             of_row = chunk.medium[row, chunk.modality[row] == VIDEO]
             media += [(row, int(m)) for m in of_row.unique()]
         return {key: float(s) * per_second for key, s in zip(media, spacing)}
+
+
+def _run(ids: torch.Tensor) -> int:
+    """Length of the run first, first + 1, first + 2 ... at the start of ids `[n]`."""
+    broken = (ids != ids[0] + torch.arange(len(ids))).nonzero()
+    return int(broken[0]) if len(broken) else len(ids)

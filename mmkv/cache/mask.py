@@ -23,6 +23,10 @@ class LazyMask:
         """Causal with an optional window and padding, and nothing laid over it."""
         return bool(self.kwargs.get("allow_is_causal_skip")) and not self.kwargs.get("allow_is_bidirectional_skip")
 
+    def contiguous(self) -> LazyMask:
+        """Itself: `generate` calls this on the masks it makes ahead for a compileable (static) cache, which `adopt` refuses."""
+        return self
+
     def stock(self, name: str, kv_length: int | None, kv_offset: int | None, device) -> torch.Tensor | None:
         """The mask that the implementation `name` would get, for the keys `[kv_offset, kv_offset + kv_length)`."""
         kv_length = self.kwargs["kv_length"] if kv_length is None else kv_length

@@ -36,7 +36,8 @@ class VidKV(CacheMethod):
         stp: share of vision tokens whose values keep 2 bits, 0 to below 1 (the paper: 0 or 0.2).
         group: tokens per group, default 128 (paper 32, which costs 1 bit of metadata per key element).
         residual: newest tokens kept dense, at least 32.
-        codebook: "gaussian" (mean and standard deviation, Lloyd-Max levels) or "minmax" (the paper's).
+        codebook: of keys and 2-bit values: "lloyd" (zero point and scale fitted to each group), "gaussian" (mean and standard
+            deviation, Lloyd-Max levels) or "minmax" (the paper's; its easy channels are mean and mean deviation here).
         fft: Fourier basis on the 1-bit channels.
         value_basis: "channel" (a group is one channel over the tokens, the paper's) or "rotated" (random-sign Hadamard over
             the head, a group is one token).
@@ -56,7 +57,7 @@ class VidKV(CacheMethod):
     stp: float = 0.0
     group: int = 128
     residual: int = 64
-    codebook: str = "gaussian"
+    codebook: str = "lloyd"
     fft: bool = True
     value_basis: str = "rotated"
     order: str = "layer"

@@ -8,8 +8,9 @@ from mmkv.models.tiny.words import EASY_FORMS, STRESS_FORMS
 
 
 def question_forms() -> list[str]:
-    """The question templates the model was trained on; {c} colour, {n} object name, {s} size."""
-    return list(dict.fromkeys(form for forms in (EASY_FORMS, STRESS_FORMS) for form in sum(forms.values(), [])))
+    """One example of every form of question the model was trained on; any known colour, shape, digit or word fits."""
+    forms = [form for group in (EASY_FORMS, STRESS_FORMS) for form in sum(group.values(), [])]
+    return list(dict.fromkeys(form.format(c="red", n="circle", s="small", c2="blue", n2="star") for form in forms))
 
 
 def unknown_words(processor, text: str) -> list[str]:

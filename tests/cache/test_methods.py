@@ -211,7 +211,10 @@ def test_conjugate_symmetry_in_storage(dim):
     assert spec.code_bytes == hard * 8 + (dim - hard) * 4
 
 
-@pytest.mark.parametrize(("name", "keys", "values"), [("kivi-2", 2.5, 2.5), ("kivi-4", 4.5, 4.5), ("vidkv", 1.9, 1.9), ("vidkv-stp", 1.9, 1.9)])
+@pytest.mark.parametrize(
+    ("name", "keys", "values"),
+    [("kivi-2", 2.5, 2.5), ("kivi-4", 4.5, 4.5), ("vidkv", 1.9, 1.9), ("vidkv-stp", 1.9, 1.9)],
+)
 def test_bits_of_the_presets(name, keys, values):
     from mmkv._presets import PRESETS
 
@@ -223,7 +226,11 @@ def test_bits_of_the_presets(name, keys, values):
 def layout(kinds, valid=None, medium=None):
     chunk = TokenLayout.text(len(kinds), len(kinds[0]))
     chunk.modality = torch.tensor(kinds, dtype=torch.int8)
-    chunk.medium = torch.where(chunk.modality > 0, 0, -1).to(torch.int32) if medium is None else torch.tensor(medium, dtype=torch.int32)
+    chunk.medium = (
+        torch.where(chunk.modality > 0, 0, -1).to(torch.int32)
+        if medium is None
+        else torch.tensor(medium, dtype=torch.int32)
+    )
     if valid is not None:
         chunk.valid = torch.tensor(valid, dtype=torch.bool)
     return chunk

@@ -91,6 +91,20 @@ def test_assisted(name):
     assert assisted.shape == plain.shape
 
 
+@pytest.mark.parametrize("name", ["kivi-2", "vidkv-stp"])
+@pytest.mark.parametrize("family", ["qwen2", "gpt_oss", "qwen2_5_vl", "llava_onevision"])
+def test_chunked_prefill(family, name):
+    model = rm.make(family)
+    given = batch(model, "greedy")
+    try:
+        rm.generate(model, given, prefill_chunk_size=50, new=2)
+    except Exception as problem:
+        pytest.skip(f"stock cannot: {problem}")
+    with mmkv.wrapped(model, cache=[METHODS[name]]), checked_attention() as errors:
+        rm.generate(model, given, prefill_chunk_size=50, new=4)
+    assert errors
+
+
 def forced(model, given, follow, cache=None, sizes=(1,) * 8 + (5, 1, 17, 1)):
     """Logits of a prompt and of chosen tokens after it, fed in pieces of the given sizes."""
     cache = DynamicCache(config=model.config) if cache is None else cache
@@ -136,7 +150,7 @@ def test_eight_bits_in_generate(family, mode):
     if mode == "beam":  # logits are those of beams on the way; shape and attention are checked elsewhere
         assert out.sequences.shape == (2, given["input_ids"].shape[1] + 6)
         return
-    again = {k: v for k, v in given.items()}
+    again = dict(given.items())
     repeat = out.sequences.shape[0] // given["input_ids"].shape[0]
     for name in again:
         again[name] = (

@@ -107,10 +107,10 @@ def test_plain_dynamic_cache_without_a_config(family):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("family", rm.TEXTS)
+@pytest.mark.parametrize("family", rm.FAMILIES)
 def test_prefill_chunk_size_is_stock(family):
     model = rm.make(family)
-    given = rm.inputs(model, [rm.words(70), rm.words(50, 1)])
+    given = rm.inputs(model, prompts(model, "greedy"))
     try:
         stock = rm.generate(model, given, prefill_chunk_size=16)
     except Exception as problem:
