@@ -6,11 +6,13 @@ attention, merging, masking or table code of the product.
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+import mmkv
 from mmkv.cache import KIVI, CacheState, KVLayer, VidKV
 from mmkv.cache.view import View
 from mmkv.kernels import hadamard, real_fft, unpack_blocks
@@ -25,6 +27,18 @@ METHODS = {
     "vidkv-official": VidKV(official=True, group=32, residual=32),
     "vidkv-paper": VidKV(codebook="minmax", value_basis="channel", stp=0.3, group=32, residual=32),
     "vidkv-1.25": VidKV(key_bits=1.25, value_bits=2, fft=False, group=32, residual=32),
+}
+
+
+def _small(method):
+    """With groups and a residual window that a test's short prompt reaches, where the method has such options."""
+    names = {field.name for field in dataclasses.fields(method)} & {"group", "residual"}
+    return dataclasses.replace(method, **dict.fromkeys(names, 32))
+
+
+# registering a method puts it into the shared test matrix
+METHODS |= {
+    f"registered {entry.name}": _small(entry.method()) for entry in mmkv.methods() if entry.kind == "cache"
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmkv.cache.formats import ChannelClass, PackFormat, Side
-from mmkv.cache.method import MIN_RESIDUAL, CacheMethod
+from mmkv.cache.method import CacheMethod, check_residual
 from mmkv.kernels import code
 from mmkv.parts.registry import register
 
@@ -51,11 +51,3 @@ class KIVI(CacheMethod):
         keys = Side("channel", quantizer, scale_bits=self.scale_bits)
         values = Side("token", quantizer, channel_group=self.channel_group, scale_bits=self.scale_bits)
         return (PackFormat(f"kivi-{self.bits}", keys, values, self.group),)
-
-
-def check_residual(residual: int) -> None:
-    """Raise ValueError for a residual window below the floor that rollback needs."""
-    if residual < MIN_RESIDUAL:
-        raise ValueError(
-            f"residual {residual}: at least {MIN_RESIDUAL} tokens stay dense, so that drafts can be rolled back"
-        )

@@ -85,3 +85,11 @@ def split(columns: torch.Tensor, marks: torch.Tensor | None, forms: tuple[PackFo
             if chosen.numel():
                 parts.append(Part(form, chosen))
     return parts, cut
+
+
+def check_residual(residual: int) -> None:
+    """Raise ValueError for a residual window below the floor that rollback needs."""
+    if residual < MIN_RESIDUAL:
+        raise ValueError(
+            f"residual {residual}: at least {MIN_RESIDUAL} tokens stay dense, so that drafts can be rolled back"
+        )

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mmkv.cache.formats import ChannelClass, PackFormat, Side
-from mmkv.cache.kivi import check_residual
-from mmkv.cache.method import CacheMethod
+from mmkv.cache.method import CacheMethod, check_residual
 from mmkv.kernels import code, sign, ternary
 from mmkv.kernels.spec import Code
 from mmkv.layout import TokenLayout

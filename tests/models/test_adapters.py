@@ -271,5 +271,5 @@ def test_far_past_a_sliding_window(family, mode):
     model = rm.make(family)
     for length in (22, 23, 24, 60):
         given = rm.inputs(model, [rm.words(length)])
-        stock, wrapped = both(model, lambda: rm.generate(model, given, mode, new=10))
+        stock, wrapped = both(model, lambda given=given: rm.generate(model, given, mode, new=10))
         assert torch.equal(stock, wrapped), f"prompt of {length}"
