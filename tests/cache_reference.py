@@ -37,9 +37,7 @@ def _small(method):
 
 
 # registering a method puts it into the shared test matrix
-METHODS |= {
-    f"registered {entry.name}": _small(entry.method()) for entry in mmkv.methods() if entry.kind == "cache"
-}
+METHODS |= {f"registered {entry.name}": _small(entry.method()) for entry in mmkv.methods() if entry.kind == "cache"}
 
 
 def key_rotation(side, channels: int, order: torch.Tensor) -> torch.Tensor:

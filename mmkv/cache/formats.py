@@ -58,7 +58,9 @@ class Side:
         if self.scale_bits not in (8, 16):
             raise ValueError(f"scale_bits {self.scale_bits!r}: possible are 8, 16")
         if not isinstance(self.channel_group, int) or self.channel_group < 0:
-            raise ValueError(f"channel_group {self.channel_group!r}: possible are 0 (the whole head) or a divisor of the head size")
+            raise ValueError(
+                f"channel_group {self.channel_group!r}: possible are 0 (the whole head) or a divisor of the head size"
+            )
 
     def sizes(self, channels: int) -> list[int]:
         """Channels of each class; a class that rounds to nothing is left out, the last takes the rest."""
@@ -137,7 +139,10 @@ class Packer:
             spread = keys.var(1, unbiased=False)
             spread = spread.mean(0, keepdim=True) if self.form.keys.joint_rank else spread
         spread = torch.nan_to_num(spread, nan=0.0)
-        self.order[row] = spread.argsort(dim=-1, descending=True, stable=True).to(torch.int16)
+        ranked = spread.argsort(dim=-1, descending=True, stable=True)
+        # the rank decides the class; within one, channels stay in the model's order, which a Fourier basis over them sees
+        classes = ranked.split(self.form.keys.sizes(ranked.shape[-1]), dim=-1)
+        self.order[row] = torch.cat([cls.sort(dim=-1).values for cls in classes], dim=-1).to(torch.int16)
         self.ranked[row] = True
 
     def inherit(self, row: int, other: Packer) -> None:

@@ -141,7 +141,10 @@ class KVLayer(CacheLayerMixin):
         """Free what no later query can see. A crop past the window raises then, as in transformers' own sliding layer."""
         first = self.seen - self.window + 1
         if first > self.start:
-            self.keys, self.values = self.keys[:, :, first - self.start :], self.values[:, :, first - self.start :]
+            drop = first - self.start
+            # a view of the newest tokens of a long prompt would keep all of it alive
+            own = torch.clone if drop > self.keys.shape[2] // 4 else lambda view: view
+            self.keys, self.values = own(self.keys[:, :, drop:]), own(self.values[:, :, drop:])
             self.start = first
         if self.segments and first - self._dropped >= self.segments[0].packer.form.group:
             for segment in self.segments:

@@ -73,8 +73,8 @@ def _fp16(b):
 def _measure(
     p_x, p_count, p_zero, p_unit, p_scale, GROUP, C, NGROUPS, S_ZERO, S_UNIT,
     FIRST: tl.constexpr, LEN: tl.constexpr, NCG: tl.constexpr, ZERO: tl.constexpr, UNIT: tl.constexpr,
-    FIT: tl.constexpr, REFINE: tl.constexpr, HAS_ZERO: tl.constexpr, BOUNDS: tl.constexpr, LEVELS: tl.constexpr, ROUND: tl.constexpr,
-    BG: tl.constexpr, BI: tl.constexpr,
+    FIT: tl.constexpr, REFINE: tl.constexpr, HAS_ZERO: tl.constexpr, BOUNDS: tl.constexpr, LEVELS: tl.constexpr,
+    ROUND: tl.constexpr, BG: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """Program (block, run of groups): zero fp16, unit fp32 and scale fp32 (a number that fp16 holds) of each group."""
     i_n, i_t = tl.program_id(0).to(tl.int64), tl.program_id(1)

@@ -160,10 +160,12 @@ def test_rows_go_their_own_way_after_a_reorder(name):
 def test_beams_share_the_prompt(name):
     bare = Bare(METHODS[name], heads=2, dim=64)
     bare.feed(1056)
+
     def pool():
         return sum(
             t.untyped_storage().nbytes() for s in bare.layer.segments for b in (s.keys, s.values) for t in b.tensors()
         )
+
     one = pool()
     bare.layer.batch_repeat_interleave(4)
     assert pool() == one

@@ -16,7 +16,9 @@ from .naive import CODES, rms
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EXACT = [n for n, c in CODES.items() if c.unit in ("range", "absmax") and c.zero != "mean" and not c.refine]  # no sums: bit for bit
+EXACT = [
+    n for n, c in CODES.items() if c.unit in ("range", "absmax") and c.zero != "mean" and not c.refine
+]  # no sums: bit for bit
 
 
 @pytest.fixture(autouse=True)
