@@ -27,7 +27,7 @@ from rich.table import Table
 
 import mmkv
 from mmkv._presets import PRESETS
-from mmkv.cache import KIVI, VidKV
+from mmkv.cache import KIVI, VidKV, WaterfillKV
 from mmkv.models import tiny
 from mmkv.models.tiny import answer, world
 
@@ -47,6 +47,10 @@ STUDY = {
     "vidkv, key bits 1": VidKV(key_bits=1),
     "vidkv, key bits 2": VidKV(key_bits=2),
     "vidkv, 2-bit values": VidKV(value_bits=2),
+    "vidkv, no sinks": VidKV(sinks=0),
+    "waterfill": WaterfillKV(),
+    "waterfill, key bits 1": WaterfillKV(key_bits=1),
+    "waterfill, key bits 0.75, value bits 1": WaterfillKV(key_bits=0.75, value_bits=1),
 }
 
 

@@ -24,13 +24,15 @@ from rich.table import Table
 
 import mmkv
 from mmkv._presets import PRESETS
-from mmkv.cache import KIVI, VidKV
+from mmkv.cache import KIVI, VidKV, WaterfillKV
 
 PACKAGES = ("transformers", "timm", "einops", "accelerate", "safetensors")
 
 STUDY = {
     "kivi-2, groups of 32": KIVI(group=32, channel_group=32),
     "kivi-2, groups of 128": KIVI(group=128),
+    "kivi-2, sinks dense": KIVI(sinks=4),
+    "vidkv, no sinks": VidKV(sinks=0),
     "keys as vidkv, values 8 bit": VidKV(value_bits=8),
     "vidkv, groups of 64": VidKV(group=64),
     "vidkv, no fft": VidKV(fft=False),
@@ -43,6 +45,12 @@ STUDY = {
     "vidkv, key bits 1.25": VidKV(key_bits=1.25),
     "vidkv, key bits 1.75": VidKV(key_bits=1.75),
     "vidkv official, groups of 32": VidKV(official=True, group=32),
+    "waterfill": WaterfillKV(),
+    "waterfill, gaussian": WaterfillKV(codebook="gaussian"),
+    "waterfill, levels 0 2 4": WaterfillKV(levels=(0, 2, 4)),
+    "waterfill, key bits 2": WaterfillKV(key_bits=2),
+    "waterfill, key bits 1": WaterfillKV(key_bits=1),
+    "waterfill, key bits 0.75, value bits 1": WaterfillKV(key_bits=0.75, value_bits=1),
 }
 
 

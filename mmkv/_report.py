@@ -20,7 +20,7 @@ class Report:
         kv_bytes_dense: bytes of all tokens seen, uncompressed, in the model's dtype.
         kv_bits: 8 * kv_bytes over the key and value elements of the tokens held.
         packed_bits: the same for packed segments alone; None where nothing is packed.
-        tail_bytes: bytes of the dense tails.
+        tail_bytes: bytes of what is held dense: the newest tokens, and sinks.
         tokens_seen: valid tokens that entered the cache, summed over the batch.
         tokens_held: those still stored, averaged over layers.
         tokens: valid tokens seen per modality.
@@ -56,7 +56,7 @@ class Report:
             ("KV cache, if dense", size(self.kv_bytes_dense)),
             ("bits, whole cache", f"{self.kv_bits:.2f} bits per element"),
             ("bits, packed part", packed),
-            ("dense tail", size(self.tail_bytes)),
+            ("dense tail and sinks", size(self.tail_bytes)),
             ("tokens seen", f"{self.tokens_seen:,} ({modality})"),
             ("tokens held", f"{self.tokens_held:,.0f} per layer"),
             ("prefill", prefill),
@@ -156,23 +156,24 @@ class Meter:
         for layer in layers:
             per_token = layer.keys.shape[1] * (layer.keys.shape[3] + layer.values.shape[3])
             dense += seen * per_token * layer.keys.element_size()
-            packed = sum(sum(segment.tokens) for segment in layer.segments)
+            apart = sum(sum(segment.tokens) for segment in layer.segments)
+            packed = sum(sum(segment.tokens) for segment in layer.packed)
             split = (layer.start, *layer.packed_to)  # alike in most layers
             if split not in in_tails:
                 in_tails[split] = sum(
                     int(valid[row, max(layer.start, p) :].sum()) for row, p in enumerate(layer.packed_to)
                 )
-            held += packed + in_tails[split]
-            held_elements += (packed + in_tails[split]) * per_token
+            held += apart + in_tails[split]
+            held_elements += (apart + in_tails[split]) * per_token
             packed_elements += packed * per_token
         total = storage_bytes(t for layer in layers for t in layer.tensors())
-        packed_bytes = storage_bytes(t for layer in layers for s in layer.segments for t in s.tensors())
+        packed_bytes = storage_bytes(t for layer in layers for segment in layer.packed for t in segment.tensors())
         self._numbers = dict(
             kv_bytes=total,
             kv_bytes_dense=dense,
             kv_bits=8 * total / held_elements if held_elements else 0.0,
             packed_bits=8 * packed_bytes / packed_elements if packed_elements else None,
-            tail_bytes=storage_bytes(t for layer in layers for t in (layer.keys, layer.values)),
+            tail_bytes=total - packed_bytes,
             tokens_seen=seen,
             tokens_held=held / len(layers),
             tokens=layout.counts(),

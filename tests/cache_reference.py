@@ -22,18 +22,20 @@ KIVI8 = KIVI(bits=8, group=32, residual=32)
 METHODS = {
     "kivi-2": KIVI(bits=2, group=32, residual=32),
     "kivi-4": KIVI(bits=4, group=32, residual=32, channel_group=8, scale_bits=8),
-    "vidkv": VidKV(group=32, residual=32),
-    "vidkv-stp": VidKV(stp=0.2, group=32, residual=32),
-    "vidkv-official": VidKV(official=True, group=32, residual=32),
-    "vidkv-paper": VidKV(codebook="minmax", value_basis="channel", stp=0.3, group=32, residual=32),
-    "vidkv-1.25": VidKV(key_bits=1.25, value_bits=2, fft=False, group=32, residual=32),
+    "vidkv": VidKV(group=32, residual=32, sinks=0),
+    "vidkv-stp": VidKV(stp=0.2, group=32, residual=32, sinks=0),
+    "vidkv-official": VidKV(official=True, group=32, residual=32, sinks=0),
+    "vidkv-paper": VidKV(codebook="minmax", value_basis="channel", stp=0.3, group=32, residual=32, sinks=0),
+    "vidkv-1.25": VidKV(key_bits=1.25, value_bits=2, fft=False, group=32, residual=32, sinks=0),
+    "vidkv-sinks": VidKV(group=32, residual=32, sinks=4),
 }
 
 
 def _small(method):
     """With groups and a residual window that a test's short prompt reaches, where the method has such options."""
     names = {field.name for field in dataclasses.fields(method)} & {"group", "residual"}
-    return dataclasses.replace(method, **dict.fromkeys(names, 32))
+    sinks = {"sinks": 0} if hasattr(method, "sinks") else {}
+    return dataclasses.replace(method, **dict.fromkeys(names, 32), **sinks)
 
 
 # registering a method puts it into the shared test matrix
@@ -92,7 +94,11 @@ def unpacked(segment, row: int):
 
 def held(layer, row: int):
     """All tokens of one batch element, packed and dense, sorted by position: positions, keys, values, packed (bool)."""
-    parts = [(*unpacked(s, row), True) for s in layer.segments]
+    parts = [(*unpacked(s, row), True) for s in layer.packed]
+    for s in layer.segments:
+        if s not in layer.packed:  # sinks, kept as they are
+            n = s.tokens[row]
+            parts.append((s.positions[row, :n], s.keys[row, :, :n].double(), s.values[row, :, :n].double(), False))
     parts = [p for p in parts if p[0].numel()]
     at = torch.arange(layer.start, layer.seen)
     keep = layer.state.layout.valid[row, layer.start : layer.seen] & (at >= layer.packed_to[row])
@@ -211,7 +217,7 @@ class Bare:
 def codes(layer) -> list[tuple]:
     """Content of every packed block of a layer by (segment, batch element, head, first position): bytes, for comparison."""
     out = []
-    for segment in layer.segments:
+    for segment in layer.packed:
         found = {}
         for row in range(segment.batch):
             for head in range(segment.heads):

@@ -9,8 +9,9 @@ from mmkv.cache.method import CacheMethod
 from mmkv.cache.segment import PackedSegment
 from mmkv.cache.state import CacheState
 from mmkv.cache.vidkv import VidKV
+from mmkv.cache.waterfill import WaterfillKV
 
 __all__ = [
     "KIVI", "NAME", "Cache", "CacheMethod", "CacheState", "ChannelClass", "KVLayer", "PackFormat", "PackedSegment", "Packer",
-    "Side", "VidKV", "adopt", "register", "state_of",
+    "Side", "VidKV", "WaterfillKV", "adopt", "register", "state_of",
 ]  # fmt: skip

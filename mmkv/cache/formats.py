@@ -120,7 +120,6 @@ class Packer:
         self.form, self.heads = form, heads
         self.key_spec = form.keys.spec(head_dim, form.group)
         self.value_spec = form.values.spec(value_dim, form.group)
-        self.ranked = [form.keys.rank == "none"] * batch  # per batch element: is the channel order known
         self.order: torch.Tensor | None = None
         if form.keys.rank != "none":
             identity = torch.arange(head_dim, dtype=torch.int16, device=device)
@@ -129,7 +128,7 @@ class Packer:
 
     def fit(self, row: int, keys: torch.Tensor) -> None:
         """Rank the key channels of batch element `row` by its valid keys `[Hkv, T, D]`."""
-        if self.order is None or self.ranked[row]:
+        if self.order is None:
             return
         keys = keys.float()
         if self.form.keys.rank == "range":
@@ -143,17 +142,9 @@ class Packer:
         # the rank decides the class; within one, channels stay in the model's order, which a Fourier basis over them sees
         classes = ranked.split(self.form.keys.sizes(ranked.shape[-1]), dim=-1)
         self.order[row] = torch.cat([cls.sort(dim=-1).values for cls in classes], dim=-1).to(torch.int16)
-        self.ranked[row] = True
-
-    def inherit(self, row: int, other: Packer) -> None:
-        """Take the channel order of batch element `row` from an earlier segment of the same format."""
-        if self.order is not None and other.ranked[row]:
-            self.order[row] = other.order[row]
-            self.ranked[row] = True
 
     def rows(self, index: torch.Tensor) -> None:
         """Reorder, repeat or select batch elements."""
-        self.ranked = [self.ranked[i] for i in index.tolist()]
         if self.order is not None:
             self.order = self.order[index.to(self.order.device)]
 

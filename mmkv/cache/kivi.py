@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmkv.cache.formats import ChannelClass, PackFormat, Side
-from mmkv.cache.method import CacheMethod, check_residual
+from mmkv.cache.method import CacheMethod, check_residual, check_sinks
 from mmkv.kernels import code
 from mmkv.parts.registry import register
 
@@ -26,6 +26,7 @@ class KIVI(CacheMethod):
         channel_group: channels per value group; 0 for the whole head (2.25 true bits at head size 128).
         residual: newest tokens kept dense, at least 32; default 128 as in the paper.
         scale_bits: 16, or 8 for logarithmic bytes.
+        sinks: first tokens kept dense (attention sinks); 0 as in the paper.
 
     Where we differ: the paper's code flushes keys when exactly `residual` are dense (the window cycles 0 ... residual - 1)
     and values one by one; here both leave the window in whole groups, so at least `residual` tokens always stay
@@ -37,14 +38,20 @@ class KIVI(CacheMethod):
     channel_group: int = 0
     residual: int = 128
     scale_bits: int = 16
+    sinks: int = 0
 
     def __post_init__(self):
         check_residual(self.residual)
+        check_sinks(self.sinks)
         self.formats()
 
     @property
     def residual_window(self) -> int:
         return self.residual
+
+    @property
+    def dense_sinks(self) -> int:
+        return self.sinks
 
     def formats(self) -> tuple[PackFormat, ...]:
         quantizer = (ChannelClass(1.0, code("minmax", self.bits)),)

@@ -6,8 +6,9 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from mmkv import compat
+from mmkv.cache.dense import DenseSegment
 from mmkv.cache.formats import Packer
-from mmkv.cache.method import split
+from mmkv.cache.method import DENSE, split
 from mmkv.cache.segment import PackedSegment
 from mmkv.cache.state import CacheState
 from mmkv.cache.view import View
@@ -39,7 +40,7 @@ class KVLayer(CacheLayerMixin):
         self.keys = self.values = None
         self.is_initialized = False
         self.start = 0
-        self.segments: list[PackedSegment] = []
+        self.segments: list[PackedSegment | DenseSegment] = []
         self.packed_to: list[int] = []
         self.new = 0  # tokens of the last update
         self._pending = False
@@ -82,9 +83,8 @@ class KVLayer(CacheLayerMixin):
             self._slide()
 
     def _pack(self) -> None:
-        method, forms = self.state.method, self.state.method.formats()
-        residual, group = method.residual_window, forms[0].group
-        if self.keys.shape[2] < residual + group:
+        forms, residual = self.state.forms, self.state.method.residual_window
+        if self.keys.shape[2] < residual + forms[0].group:
             return
         valid = self.state.layout.valid
         for row, packed_to in enumerate(self.packed_to):
@@ -94,39 +94,54 @@ class KVLayer(CacheLayerMixin):
             marks = None if self.state.marks is None else self.state.marks[row, columns]
             parts, cut = split(columns, marks, forms)
             for part in parts:
-                self._store(row, forms[part.form], part.columns)
+                self._store(row, part.form, part.columns)
             # padding before the first token that waits is nothing to keep
             waiting = held[held >= cut]
             self.packed_to[row] = int(waiting[0]) if waiting.numel() else self.seen
         self._trim(min(self.packed_to))
 
-    def _store(self, row: int, form, columns: torch.Tensor) -> None:
+    def _store(self, row: int, role: int, columns: torch.Tensor) -> None:
+        """Pack the tokens at these logical positions of a batch element, in the format of their role."""
         at = (columns - self.start).to(self.device)
         span = int(columns[-1] - columns[0]) + 1
         if span == columns.numel():  # contiguous: a slice, not a copy
             at = slice(int(columns[0]) - self.start, int(columns[-1]) + 1 - self.start)
         keys, values = self.keys[row, :, at], self.values[row, :, at]
-        segment = self._segment(row, form)
-        # new media rank the channels of the segment they open; old tokens that had waited in the tail do not
+        if role == DENSE:
+            self._dense_segment().append(row, keys, values, columns)
+            return
+        # new media shape the segment they open; old tokens that had waited in the tail do not
         recent = int((columns < self.seen - self.new).sum())
-        segment.packer.fit(row, keys[:, recent:] if columns.numel() - recent >= form.group else keys)
+        typical = keys[:, recent:] if columns.numel() - recent >= self.state.forms[role].group else keys
+        segment = self._segment(row, role, typical)
+        if not segment.tokens[row]:
+            segment.packer.fit(row, typical)
         segment.append(row, keys, values, columns)
 
-    def _segment(self, row: int, form) -> PackedSegment:
-        """The segment of this format that batch element `row` appends to; a new one where new media came."""
-        same = [s for s in self.segments if s.packer.form == form]
-        holds = [s for s in same if s.tokens[row]]
-        fresh = bool(self.state.fresh) and self.state.fresh[row]
-        if same and same[-1] not in holds:
-            # made for another row: join it, with the channel order this row had unless its media are new
-            if holds and not fresh:
-                same[-1].packer.inherit(row, holds[-1].packer)
-            return same[-1]
-        if same and not fresh:
-            return same[-1]
+    @property
+    def packed(self) -> list[PackedSegment]:
+        """The segments that hold codes."""
+        return [segment for segment in self.segments if isinstance(segment, PackedSegment)]
+
+    def _dense_segment(self) -> DenseSegment:
+        for segment in self.segments:
+            if segment.role == DENSE:
+                return segment
+        self.segments.append(DenseSegment(DENSE, self.keys.shape[0]))
+        return self.segments[-1]
+
+    def _segment(self, row: int, role: int, keys: torch.Tensor) -> PackedSegment:
+        """The segment that batch element `row` appends to: the last it has, or another one where new media came."""
+        mine = [s for s in self.segments if s.role == role and s.tokens[row]]
+        if mine and not (self.state.fresh and self.state.fresh[row]):
+            return mine[-1]
+        form = self.state.method.adapt(self.state.forms[role], keys)
+        for segment in reversed(self.segments):  # one that other batch elements opened serves as well
+            if segment.role == role and segment.packer.form == form and not segment.tokens[row]:
+                return segment
         batch, heads = self.keys.shape[0], self.keys.shape[1]
         packer = Packer(form, batch, heads, self.keys.shape[-1], self.values.shape[-1], self.device)
-        self.segments.append(PackedSegment(packer, batch, self.device))
+        self.segments.append(PackedSegment(packer, role, batch, self.device))
         return self.segments[-1]
 
     def _trim(self, start: int) -> None:
@@ -146,7 +161,7 @@ class KVLayer(CacheLayerMixin):
             own = torch.clone if drop > self.keys.shape[2] // 4 else lambda view: view
             self.keys, self.values = own(self.keys[:, :, drop:]), own(self.values[:, :, drop:])
             self.start = first
-        if self.segments and first - self._dropped >= self.segments[0].packer.form.group:
+        if self.segments and first - self._dropped >= (self.state.forms[0].group if self.state.forms else 1):
             for segment in self.segments:
                 segment.drop_before(first)
             self.segments = [s for s in self.segments if not s.empty]

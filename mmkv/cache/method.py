@@ -12,6 +12,7 @@ from mmkv.cache.formats import PackFormat
 if TYPE_CHECKING:
     from mmkv.layout import TokenLayout
 
+DENSE = -1  # in marks: kept as it is, in a dense segment
 MIN_RESIDUAL = 32  # newest tokens that always stay dense, so that a rejected draft is cut from the dense tail
 
 
@@ -37,6 +38,20 @@ class CacheMethod:
         for form in self.formats():
             form.check(head_dim, value_dim)
 
+    @property
+    def dense_sinks(self) -> int:
+        """First tokens of a sequence kept dense: attention sinks, whose keys are outliers that no group should share."""
+        return 0
+
+    def adapt(self, form: PackFormat, keys: torch.Tensor) -> PackFormat:
+        """The format a new segment gets for one batch element; by default `form` as it is.
+
+        Args:
+            form: one of `formats()`.
+            keys: `[Hkv, T, D]`, the first tokens the segment will hold.
+        """
+        return form
+
     def mark(self, embeds: torch.Tensor, chunk: TokenLayout) -> torch.Tensor | None:
         """Choose tokens from what the language model is fed, before its first layer.
 
@@ -45,14 +60,14 @@ class CacheMethod:
             chunk: layout of the new tokens.
 
         Returns:
-            int8 `[B, T]`: index into `formats()` for each token, or None for the main format throughout.
+            int8 `[B, T]`: index into `formats()` for each token or `DENSE`; None for the main format throughout.
         """
         return None
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens of one batch element that go to one format: logical positions, ascending, int64 on the CPU."""
+    """Tokens of one batch element that go to one format (index, or `DENSE`): logical positions, ascending, on the CPU."""
 
     form: int
     columns: torch.Tensor
@@ -80,7 +95,7 @@ def split(columns: torch.Tensor, marks: torch.Tensor | None, forms: tuple[PackFo
     cut = int(main[take]) if take < main.numel() else int(columns[-1]) + 1
     parts = [Part(0, main[:take])]
     if marks is not None:
-        for form in range(1, len(forms)):
+        for form in (DENSE, *range(1, len(forms))):
             chosen = columns[(marks == form) & (columns < cut)]
             if chosen.numel():
                 parts.append(Part(form, chosen))
@@ -93,3 +108,9 @@ def check_residual(residual: int) -> None:
         raise ValueError(
             f"residual {residual}: at least {MIN_RESIDUAL} tokens stay dense, so that drafts can be rolled back"
         )
+
+
+def check_sinks(sinks: int) -> None:
+    """Raise ValueError for an impossible number of sink tokens."""
+    if not isinstance(sinks, int) or not 0 <= sinks <= 1024:
+        raise ValueError(f"sinks {sinks!r}: possible are 0 to 1024 tokens")

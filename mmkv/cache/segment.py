@@ -18,7 +18,8 @@ class PackedSegment:
     else all of them (`positions`, kept once per batch element).
     """
 
-    def __init__(self, packer: Packer, batch: int, device):
+    def __init__(self, packer: Packer, role: int, batch: int, device):
+        self.role = role  # index of its format among the method's
         self.packer, self.batch, self.heads = packer, batch, packer.heads
         self.keys: Blocks | None = None
         self.values: Blocks | None = None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mmkv.cache.method import CacheMethod
+from mmkv.cache.method import DENSE, CacheMethod
 from mmkv.layout import TokenLayout
 
 NEW_MEDIA = 256  # vision tokens that justify a segment of their own, with its own channel order
@@ -34,6 +34,9 @@ class CacheState:
     record_past: bool = False
     scratch: dict = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.forms = () if self.method is None else self.method.formats()
+
     @property
     def seen(self) -> int:
         """Logical length: tokens ever seen, padding included."""
@@ -44,14 +47,26 @@ class CacheState:
         before = self.layout
         self.scratch = {}
         self.fresh = self._fresh(chunk)
-        marks = self.method.mark(embeds, chunk) if self.method is not None and embeds is not None else None
+        marks = self._marks(chunk, embeds)
         if marks is not None or self.marks is not None:
             old = self.marks
             if old is None:
                 old = torch.zeros(chunk.batch, 0 if before is None else len(before), dtype=torch.int8)
-            new = torch.zeros(chunk.batch, len(chunk), dtype=torch.int8) if marks is None else marks.cpu()
+            new = torch.zeros(chunk.batch, len(chunk), dtype=torch.int8) if marks is None else marks
             self.marks = torch.cat([old, new], dim=1)
         self.layout = chunk if before is None else before.cat(chunk)
+
+    def _marks(self, chunk: TokenLayout, embeds: torch.Tensor | None) -> torch.Tensor | None:
+        """int8 `[B, T]`: where each new token will be stored, None where all go to the main format."""
+        if self.method is None:
+            return None
+        marks = None if embeds is None else self.method.mark(embeds, chunk)
+        before = 0 if self.layout is None else self.layout.valid.sum(1, keepdim=True)
+        sinks = chunk.valid & (chunk.valid.cumsum(1) + before <= self.method.dense_sinks)
+        if not bool(sinks.any()):
+            return marks
+        marks = torch.zeros(sinks.shape, dtype=torch.int8) if marks is None else marks.cpu()
+        return marks.masked_fill(sinks, DENSE)
 
     def _fresh(self, chunk: TokenLayout) -> list[bool]:
         if self.layout is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mmkv.cache.formats import ChannelClass, PackFormat, Side
-from mmkv.cache.method import CacheMethod, check_residual
+from mmkv.cache.method import CacheMethod, check_residual, check_sinks
 from mmkv.kernels import code, sign, ternary
 from mmkv.kernels.spec import Code
 from mmkv.layout import TokenLayout
@@ -42,6 +42,7 @@ class VidKV(CacheMethod):
             the head, a group is one token).
         order: channels are ranked per "head", or once per "layer" for all heads (the paper's).
         scale_bits: 16 (fp16), or 8 for logarithmic bytes (at most 2.2 % off).
+        sinks: first tokens kept dense (attention sinks have outlier keys).
         gamma: threshold of the ternary code in units of mean |v|, with codebook "minmax" (paper 0.7, its code 0.5).
         official: the paper's code to the letter where it can be: codebook "minmax", {0, s} easy keys, ternary values decoded
             without a scale, gamma 0.5, one channel order for all heads. Only sane when values have unit magnitude.
@@ -61,11 +62,13 @@ class VidKV(CacheMethod):
     value_basis: str = "rotated"
     order: str = "layer"
     scale_bits: int = 16
+    sinks: int = 4
     gamma: float = 0.7
     official: bool = False
 
     def __post_init__(self):
         check_residual(self.residual)
+        check_sinks(self.sinks)
         if not 1 <= self.key_bits <= 2:
             raise ValueError(
                 f"key_bits {self.key_bits}: possible are 1 to 2 (the fraction is the share of 2-bit channels)"
@@ -85,6 +88,10 @@ class VidKV(CacheMethod):
     @property
     def residual_window(self) -> int:
         return self.residual
+
+    @property
+    def dense_sinks(self) -> int:
+        return 0 if self.official else self.sinks
 
     def formats(self) -> tuple[PackFormat, ...]:
         keys = self._keys()

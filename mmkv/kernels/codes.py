@@ -123,7 +123,7 @@ _KINDS: dict[str, tuple[Callable[[float], Code], tuple[float, ...]]] = {
     "sign": (lambda bits: sign(zero=True), (1,)),
     "ternary": (lambda bits: ternary(), (1.58,)),
     "gaussian": (gaussian, tuple(_GAUSSIAN_LEVELS)),
-    "rotated": (lambda bits: gaussian(bits, zero="none"), (1, 1.58, 2, 4)),
+    "rotated": (lambda bits: gaussian(bits, zero="none", scale="fit"), (1, 1.58, 2, 4)),
     "mean": (lambda bits: mean_only(), (0,)),
 }
 

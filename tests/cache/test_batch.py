@@ -44,7 +44,7 @@ def test_packed_codes_of_a_batch_are_those_of_its_rows(name, lengths):
             if single.state.marks is None:
                 assert ours.keys() == theirs.keys()
                 assert all(torch.equal(x, y) for key in theirs for x, y in zip(ours[key], theirs[key]))
-            for s, t in zip(batch.layer.segments, single.layer.segments):
+            for s, t in zip(batch.layer.packed, single.layer.packed):
                 if s.packer.order is not None and packed.any():
                     assert torch.equal(s.packer.order[row], t.packer.order[0])
 

@@ -163,7 +163,7 @@ def test_beams_share_the_prompt(name):
 
     def pool():
         return sum(
-            t.untyped_storage().nbytes() for s in bare.layer.segments for b in (s.keys, s.values) for t in b.tensors()
+            t.untyped_storage().nbytes() for s in bare.layer.packed for b in (s.keys, s.values) for t in b.tensors()
         )
 
     one = pool()
@@ -177,7 +177,7 @@ def test_beams_share_the_prompt(name):
 def test_blocks_of_lost_beams_are_freed(name):
     bare = Bare(METHODS[name], batch=4)
     bare.feed(200)
-    pool = lambda: sum(len(s.keys) for s in bare.layer.segments)  # noqa: E731
+    pool = lambda: sum(len(s.keys) for s in bare.layer.packed)  # noqa: E731
     four = pool()
     bare.layer.batch_select_indices(torch.tensor([1]))
     assert pool() * 4 == four

@@ -53,7 +53,7 @@ def test_packed_windows_are_freed(family):
             sizes.append(mmkv._report.storage_bytes(layer.tensors()))
             at = held(layer, 0)[0]
             assert at.numel() <= 100 + 32 + 32
-            assert len(layer.segments[0].keys) <= 2 * 2 * (100 // 32 + 2) / 0.75 + 1
+            assert len(layer.packed[0].keys) <= 2 * 2 * (100 // 32 + 2) / 0.75 + 1
     assert max(sizes[60:]) <= max(sizes[:60])
 
 
@@ -126,7 +126,7 @@ def test_window_positions_with_scattered_tokens(family):
             mask = torch.nn.functional.pad(mask, (0, count), value=1)
             ids = torch.tensor([rm.words(count, count), rm.words(count, 50 + count)])
             model(input_ids=ids, attention_mask=mask, past_key_values=cache)
-        assert any(s.positions is not None for layer in cache.layers for s in layer.segments)
+        assert any(s.positions is not None for layer in cache.layers for s in layer.packed)
     assert errors
 
 
