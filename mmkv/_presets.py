@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mmkv.cache import KIVI, CacheMethod, VidKV
+from mmkv.cache import KIVI, CacheMethod, VidKV, WaterfillKV
 from mmkv.parts.registry import METHODS, Entry, nearest
 
 
@@ -33,6 +33,9 @@ PRESETS = {
             "vidkv-stp",
             (VidKV(stp=0.2),),
             "vidkv, with 2-bit values for the fifth of the vision tokens closest to the text",
+        ),
+        Preset(
+            "waterfill", (WaterfillKV(),), "key bits where the variance is (1.5 on average), rotated ternary values"
         ),
     )
 }
