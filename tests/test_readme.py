@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +23,12 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     answer = next(q.answer for q in video.questions if q.text == "which colour appears first?")
     assert answer in out.splitlines()[0]
     assert "KV cache, resident" in out
+
+
+def test_the_figures_are_those_of_the_result_files():
+    """`python tools/readme.py` writes them; nothing in its marked parts is typed by hand."""
+    done = subprocess.run([sys.executable, ROOT / "tools/readme.py", "--check"], cwd=ROOT)
+    assert done.returncode == 0, "README.md is not what tools/readme.py would write; run it"
 
 
 def test_links_to_files_exist():

@@ -47,6 +47,8 @@ class VidKV(CacheMethod):
         official: the paper's code to the letter where it can be: codebook "minmax", {0, s} easy keys, ternary values decoded
             without a scale, gamma 0.5, one channel order for all heads. Only sane when values have unit magnitude.
 
+    The defaults are what measured best (`benchmarks/results/*-study.json`): dense sinks and fitted scales matter most.
+
     Where we differ: true 1.x-bit storage (the released layout takes 3.25 bits); tokens that leave the residual window are
     appended, never requantized, and keep the channel order of their segment; protected tokens form groups of their own
     for keys too; padding enters no statistic; the newest `residual` tokens stay dense (the paper: N mod 32).

@@ -84,7 +84,7 @@ class WaterfillKV(CacheMethod):
 
     def adapt(self, form: PackFormat, keys: torch.Tensor) -> PackFormat:
         """Class sizes from the keys `[Hkv, T, D]`: each head's channels by falling variance, averaged over heads."""
-        variance = torch.nan_to_num(keys.float().var(1, unbiased=False)).sort(-1, descending=True).values.mean(0)
+        variance = torch.nan_to_num(keys.float().var(1, unbiased=False)).sort(-1, descending=True).values.mean(0).cpu()
         return replace(form, keys=replace(form.keys, classes=self._classes(variance, self.step)))
 
     def _classes(self, variance: torch.Tensor, step: int) -> tuple[ChannelClass, ...]:
