@@ -48,7 +48,7 @@ STUDY = {
     "vidkv, key bits 2": VidKV(key_bits=2),
     "vidkv, 2-bit values": VidKV(value_bits=2),
     "vidkv, no sinks": VidKV(sinks=0),
-    "waterfill": WaterfillKV(),
+    "waterfill, levels 0 1 2 4": WaterfillKV(levels=(0, 1, 2, 4)),
     "waterfill, key bits 1": WaterfillKV(key_bits=1),
     "waterfill, key bits 0.75, value bits 1": WaterfillKV(key_bits=0.75, value_bits=1),
 }

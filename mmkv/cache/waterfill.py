@@ -27,7 +27,7 @@ class WaterfillKV(CacheMethod):
     Args:
         key_bits: average bits per key channel, codes alone; 0.25 to 4.
         value_bits: 1, 1.58, 2 or 4.
-        levels: bits a channel may get, among 0, 1, 2, 4, ascending.
+        levels: bits a channel may get, among 0, 1, 2, 4, ascending; 1 between 0 and 2 measured no better.
         step: channels are moved between classes in runs of this many.
         group: tokens per key group.
         residual: newest tokens kept dense, at least 32.
@@ -41,7 +41,7 @@ class WaterfillKV(CacheMethod):
 
     key_bits: float = 1.5
     value_bits: float = 1.58
-    levels: tuple[int, ...] = (0, 1, 2, 4)
+    levels: tuple[int, ...] = (0, 2, 4)
     step: int = 8
     group: int = 128
     residual: int = 64
