@@ -116,7 +116,8 @@ def questions_of(video, count: int, rng) -> list:
 def run(model, processor, methods: dict, split: str, frames: int, videos: int, per_video: int) -> list[dict]:
     """One row per method: accuracy, agreement with dense, bits, bytes, seconds."""
     answers: dict[str, list[str]] = {name: [] for name in methods}
-    truth, tasks, reports, seconds = [], [], {}, dict.fromkeys(methods, 0.0)
+    truth, tasks, seconds = [], [], dict.fromkeys(methods, 0.0)
+    reports: dict[str, list] = {name: [] for name in methods}
     tokens = 0
     with tempfile.TemporaryDirectory() as folder, Progress() as progress:
         bar = progress.add_task(split, total=videos * len(methods))
@@ -131,7 +132,7 @@ def run(model, processor, methods: dict, split: str, frames: int, videos: int, p
                 with mmkv.wrapped(model, cache=cache):
                     asker = Asker(model, processor)
                     asker.watch(seen)
-                    reports[name] = mmkv.report(model)
+                    reports[name].append(mmkv.report(model))
                     begun = time.perf_counter()
                     answers[name] += asker.ask([q.text for q in asked])
                     seconds[name] += time.perf_counter() - begun
@@ -140,7 +141,7 @@ def run(model, processor, methods: dict, split: str, frames: int, videos: int, p
     return [_row(name, answers, truth, tasks, reports[name], seconds[name], tokens, videos) for name in methods]
 
 
-def _row(name, answers, truth, tasks, report, seconds, tokens, videos) -> dict:
+def _row(name, answers, truth, tasks, reports, seconds, tokens, videos) -> dict:
     right = np.array([a == t for a, t in zip(answers[name], truth)])
     dense = np.array([a == t for a, t in zip(answers["dense"], truth)])
     lost, won = int((dense & ~right).sum()), int((~dense & right).sum())
@@ -153,13 +154,19 @@ def _row(name, answers, truth, tasks, report, seconds, tokens, videos) -> dict:
         questions=len(truth),
         videos=videos,
         video_tokens=tokens,
-        packed_bits=report.packed_bits,
-        kv_bits=report.kv_bits,
-        kv_bytes=report.kv_bytes,
-        kv_bytes_dense=report.kv_bytes_dense,
+        packed_bits=_mean(r.packed_bits for r in reports),
+        kv_bits=_mean(r.kv_bits for r in reports),
+        kv_bytes=round(_mean(r.kv_bytes for r in reports)),
+        kv_bytes_dense=round(_mean(r.kv_bytes_dense for r in reports)),
         seconds_per_question=seconds / len(truth),
         tasks={t: float(right[[x == t for x in tasks]].mean()) for t in sorted(set(tasks))},
     )
+
+
+def _mean(numbers) -> float | None:
+    """Mean over the videos; None where nothing was packed."""
+    held = [n for n in numbers if n is not None]
+    return sum(held) / len(held) if held else None
 
 
 def main() -> None:
