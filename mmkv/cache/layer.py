@@ -125,24 +125,26 @@ class KVLayer(CacheLayerMixin):
 
     def _dense_segment(self) -> DenseSegment:
         for segment in self.segments:
-            if segment.role == DENSE:
+            if isinstance(segment, DenseSegment):
                 return segment
-        self.segments.append(DenseSegment(DENSE, self.keys.shape[0]))
-        return self.segments[-1]
+        made = DenseSegment(DENSE, self.keys.shape[0])
+        self.segments.append(made)
+        return made
 
     def _segment(self, row: int, role: int, keys: torch.Tensor) -> PackedSegment:
         """The segment that batch element `row` appends to: the last it has, or another one where new media came."""
-        mine = [s for s in self.segments if s.role == role and s.tokens[row]]
+        mine = [s for s in self.packed if s.role == role and s.tokens[row]]
         if mine and not (self.state.fresh and self.state.fresh[row]):
             return mine[-1]
         form = self.state.method.adapt(self.state.forms[role], keys)
-        for segment in reversed(self.segments):  # one that other batch elements opened serves as well
+        for segment in reversed(self.packed):  # one that other batch elements opened serves as well
             if segment.role == role and segment.packer.form == form and not segment.tokens[row]:
                 return segment
         batch, heads = self.keys.shape[0], self.keys.shape[1]
         packer = Packer(form, batch, heads, self.keys.shape[-1], self.values.shape[-1], self.device)
-        self.segments.append(PackedSegment(packer, role, batch, self.device))
-        return self.segments[-1]
+        made = PackedSegment(packer, role, batch, self.device)
+        self.segments.append(made)
+        return made
 
     def _trim(self, start: int) -> None:
         """Free the tail's tokens before a logical position."""

@@ -15,7 +15,7 @@ from mmkv.parts.registry import register
 DISTORTION = {0: 1.0, 1: 0.3634, 2: 0.1175, 4: 0.0095}
 
 
-@register("cache", "mmkv; reverse water-filling (Cover and Thomas, Elements of Information Theory, 10.3.3)")
+@register("cache", "mmkv, by reverse water-filling")
 @dataclass(frozen=True)
 class WaterfillKV(CacheMethod):
     """Key bits by reverse water-filling over channels, values rotated and ternary per token.
@@ -23,6 +23,8 @@ class WaterfillKV(CacheMethod):
     A channel's error costs its variance times its code's distortion, so each next bit goes where it removes most: a few
     channels with wide swings get 4 bits, most get 2 or 1, quiet ones keep their mean alone. Values have no such channels;
     a random rotation makes every token's value look normal, which three levels and one scale serve well.
+
+    Reverse water-filling: Cover and Thomas, Elements of Information Theory, 10.3.3.
 
     Args:
         key_bits: average bits per key channel, codes alone; 0.25 to 4.

@@ -364,4 +364,4 @@ def test_methods_are_frozen_documented_and_registered():
     assert {entry.name for entry in mmkv.methods()} >= {"KIVI", "VidKV"}
     with pytest.raises(dataclasses.FrozenInstanceError):
         KIVI().bits = 4
-    assert set(mmkv.presets()) == {"kivi-2", "kivi-4", "vidkv", "vidkv-stp"}
+    assert set(mmkv.presets()) >= {"kivi-2", "kivi-4", "vidkv", "vidkv-stp"}
