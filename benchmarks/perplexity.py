@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--out", default=None)
     options = parser.parse_args()
 
+    about = environment()  # now: the tree may have moved on by the end
     model, tokenizer = load()
     ids = texts(tokenizer, options.prefill + options.score)
     rows = {"dense": ()} | {name: preset.cache for name, preset in PRESETS.items()}
@@ -120,7 +121,7 @@ def main() -> None:
     name = options.out or f"benchmarks/results/perplexity{'-study' if options.study else ''}.json"
     save(
         name,
-        dict(environment=environment(), prefill=options.prefill, score=options.score, texts=len(ids), rows=results),
+        dict(environment=about, prefill=options.prefill, score=options.score, texts=len(ids), rows=results),
     )
 
 
