@@ -29,8 +29,7 @@ def write_sample(folder: Path) -> tuple[Path, list[tuple[str, str]]]:
 def main() -> None:
     from mmkv import cli
 
-    folder = Path(tempfile.gettempdir()) / "mmkv-demo"
-    folder.mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="mmkv-demo-"))
     path, pairs = write_sample(folder)
     arguments = ["ask", str(path), *(text for text, _ in pairs), "--compare"]
     print(f"$ mmkv {shlex.join(arguments)}", flush=True)

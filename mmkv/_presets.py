@@ -57,6 +57,8 @@ def preset(name: str) -> Preset:
     Raises:
         ValueError: there is none; the message names the nearest and lists all.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"a preset is a name, not {type(name).__name__}; methods go into cache=[...]")
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}{nearest(name, PRESETS)}; possible are {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -49,7 +49,8 @@ class Session:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self.text_config._attn_implementation = self.stock
+        if self.text_config._attn_implementation == NAME:  # else the user has set another one since
+            self.text_config._attn_implementation = self.stock
         for module in self.adapter.attention_modules():
             module.__dict__.pop("_mmkv_stock", None)
         self.adapter.model.__dict__.pop("_mmkv", None)
@@ -59,6 +60,11 @@ class Session:
         return list(inspect.signature(self.adapter.model.forward).parameters)
 
     def _before_model(self, module, args, kwargs):
+        if self.text_config._attn_implementation != NAME:
+            raise RuntimeError(
+                f"the attention implementation was set to {self.text_config._attn_implementation!r} after mmkv.wrap; set it "
+                "before, or call mmkv.unwrap(model) first"
+            )
         self.meter.start(module)
         if args:
             kwargs = {**dict(zip(self._parameters, args)), **kwargs}
@@ -104,7 +110,7 @@ class Session:
                 return None  # nothing is cached: plain attention, as before
             cache = kwargs["past_key_values"] = Cache(self.adapter.model)
         state = adopt(cache, self.text_config, self.method)
-        if embeds is None and self.method is not None:
+        if embeds is None and self.method is not None and self.method.reads_embeddings:
             embeds = module.get_input_embeddings()(ids)
         state.extend(self._chunk(state, new, kwargs), embeds)
         return args, kwargs

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import contextmanager
 
+import torch
+
 from mmkv._presets import preset as find_preset
 from mmkv._session import Session
 from mmkv.cache import CacheMethod
@@ -15,7 +17,7 @@ def wrap(model, preset=None, *, tokens=(), cache=(), positions="stock", max_byte
     """Make a Hugging Face model store its KV cache as the given methods say. Works in place, undone by `unwrap`.
 
     Args:
-        model: a transformers model, PEFT-wrapped or not; `mmkv doctor` lists the supported families.
+        model: a transformers model, PEFT-wrapped or not; the error for another family lists the supported ones.
         preset: a name from `mmkv.presets()`; None with no methods keeps everything, which is stock `generate` to the bit.
         tokens: vision-token methods (a later version).
         cache: cache methods, for example `[VidKV(key_bits=1.5)]`; not together with a preset.
@@ -43,6 +45,7 @@ def wrap(model, preset=None, *, tokens=(), cache=(), positions="stock", max_byte
     method = _method(preset, cache)
     if method is not None:
         method.check(*adapter.head_dims())
+        _check_device(base)
     session = Session(adapter, method, positions)
     try:
         session.attach()
@@ -82,6 +85,15 @@ def session(model) -> Session:
     if found is None:
         raise ValueError(f"this {type(model).__name__} is not wrapped by mmkv")
     return found
+
+
+def _check_device(model) -> None:
+    """The kernels run on CPU and CUDA; say so now and not after a long prefill."""
+    kinds = {p.device.type for p in model.parameters()} - {"cpu", "cuda", "meta"}
+    if kinds:
+        raise ValueError(f"device {', '.join(sorted(kinds))}: mmkv's kernels run on cpu and cuda")
+    if any(p.is_cuda and p.dtype == torch.float64 for p in model.parameters()):
+        raise ValueError("float64 on cuda: mmkv's kernels take float16, bfloat16 and float32 there")
 
 
 def _base(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -67,11 +68,13 @@ def ask(
         if not debug:
             _quiet()
         clip = _ask.sample(video, fps, frames)
-        pictures = _read(clip)
+        if not all(question.strip() for question in questions):
+            raise ValueError("an empty question; ask something in words")
         vlm, processor = _load(model, device, dtype)
         if model == _ask.TINY:
             for question in questions:
                 _ask.check_words(processor, question)
+        pictures = _read(clip)
         methods: list[str | None] = [None, method] if compare else [method]
         if compare:
             _ask.warm_up(vlm, processor, pictures, clip.sample_fps, questions[0], methods)
@@ -90,9 +93,15 @@ def ask(
 
 
 def _quiet() -> None:
-    """Keep transformers' advice to developers and its progress bars off a person's screen; errors still show."""
+    """Keep transformers' advice, its progress bars and the decoders' chatter off a person's screen; errors still show."""
+    import av
     from transformers.utils import logging
 
+    av.logging.set_level(av.logging.PANIC)
+    with suppress(ImportError):
+        import decord
+
+        decord.logging.set_level(decord.logging.QUIET)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
@@ -143,6 +152,7 @@ def _compare(questions: list[str], caches: list[str], answers: list[list[Any]]) 
         "tokens held / seen": lambda r: f"{r.tokens_held:,.0f} / {r.tokens_seen:,}",
         "prefill": lambda r: _number(r.prefill_seconds, "{:.3f} s"),
         "decode": lambda r: _number(r.decode_tokens_per_second, "{:.1f} tokens/s"),
+        "tokens decoded": lambda r: f"{r.decode_tokens:,}",
     }
     for label, value in rows.items():
         table.add_row(label, *map(value, reports))

@@ -74,10 +74,3 @@ def stock_mask(name: str, kwargs: dict, kv_length: int, kv_offset: int):
     if make is None:
         return None
     return make(**{**kwargs, "kv_length": kv_length, "kv_offset": kv_offset})
-
-
-def query_positions(kwargs: dict) -> torch.Tensor:
-    """Logical positions `[Tq]` of the queries, from the keywords a mask function receives."""
-    if "cache_position" in kwargs:
-        return kwargs["cache_position"]
-    return torch.arange(kwargs["q_length"]) + int(kwargs["q_offset"])

@@ -12,6 +12,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def open_video(path: str | os.PathLike[str], fps: float | None = None, frames: i
         raise ValueError("open_video takes fps or frames, not both")
     if fps is not None and not (isinstance(fps, int | float) and math.isfinite(fps) and fps > 0):
         raise ValueError(f"fps must be a positive number of frames a second, not {fps!r}")
-    if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int) or frames <= 0):
+    if frames is not None and (isinstance(frames, bool) or not isinstance(frames, Integral) or frames <= 0):
         raise ValueError(f"frames must be a positive whole number, not {frames!r}")
     path = Path(path)
     if not path.exists():

@@ -39,6 +39,11 @@ def adopt(cache, text_config, method: CacheMethod | None) -> CacheState:
     """
     state = state_of(cache)
     if state is not None:
+        if state.method != method or len(cache.layers) != len(compat.layer_windows(text_config)):
+            raise ValueError(
+                f"this cache stores tokens by {state.method or 'keeping everything'}, the model is wrapped with "
+                f"{method or 'nothing'}; start a new cache after wrapping anew"
+            )
         return state
     name = type(cache).__name__
     known = type(cache) is DynamicCache or isinstance(cache, Cache)  # a subclass may do anything around our layers

@@ -20,6 +20,7 @@ class DenseSegment:
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.positions = torch.full((batch, 0), _NOWHERE)  # int64 [B, n], on the CPU
+        self._placed: torch.Tensor | None = None  # the positions where the queries are
         self.tokens = [0] * batch
 
     def append(self, row: int, keys: torch.Tensor, values: torch.Tensor, columns: torch.Tensor) -> None:
@@ -36,11 +37,14 @@ class DenseSegment:
         at = slice(self.tokens[row], self.tokens[row] + n)
         self.keys[row, :, at], self.values[row, :, at] = keys, values
         self.positions[row, at] = columns
+        self._placed = None
         self.tokens[row] += n
 
     def attend(self, q, *, scale, softcap=None, q_positions=None, window=None) -> tuple[torch.Tensor, torch.Tensor]:
         """As `PackedSegment.attend`."""
-        positions = self.positions.to(q.device)
+        if self._placed is None or self._placed.device != q.device:
+            self._placed = self.positions.to(q.device)
+        positions = self._placed
         mask = (positions >= 0)[:, None, None, :]
         if window is not None:
             mask = mask & (positions[:, None, None, :] > q_positions[:, None, :, None] - window)
@@ -59,6 +63,7 @@ class DenseSegment:
         order = (~held).to(torch.int8).argsort(dim=1, stable=True)  # tokens in use come first in every row
         self.tokens = held.sum(1).tolist()
         width = max(self.tokens, default=0)
+        self._placed = None
         self.positions = torch.where(held, self.positions, _NOWHERE).gather(1, order)[:, :width]
         if self.keys is not None:
             index = order[:, None, :width, None].to(self.keys.device)
@@ -67,6 +72,7 @@ class DenseSegment:
 
     def rows(self, index: torch.Tensor) -> None:
         """Reorder, repeat or select batch elements."""
+        self._placed = None
         self.positions, self.tokens = self.positions[index.cpu()], [self.tokens[i] for i in index.tolist()]
         if self.keys is not None:
             at = index.to(self.keys.device)
@@ -78,4 +84,5 @@ class DenseSegment:
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor this segment holds."""
-        return [] if self.keys is None else [self.keys, self.values, self.positions]
+        held = [] if self.keys is None else [self.keys, self.values, self.positions]
+        return held if self._placed is None else [*held, self._placed]

@@ -7,7 +7,9 @@ basis leave q.k as it is. Values are mapped back once, on the output.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -106,6 +108,12 @@ class PackFormat:
         return self.keys.spec(head_dim, self.group).bits, self.values.spec(value_dim or head_dim, self.group).bits
 
 
+@cache
+def _basis(make: Callable[[int], torch.Tensor], channels: int, device: torch.device) -> torch.Tensor:
+    """An orthonormal basis fp32 `[n, n]`, kept on each device that uses it."""
+    return make(channels).to(device)
+
+
 class Packer:
     """A `PackFormat` at work in one layer: knows the channel order of each (batch element, KV head).
 
@@ -184,24 +192,24 @@ class Packer:
     def output(self, out: torch.Tensor) -> torch.Tensor:
         """Attention output `[..., Dv]` (fp32) back in the model's channels."""
         if self.form.values.basis == "hadamard":
-            return out @ hadamard(out.shape[-1]).to(out)
+            return out @ _basis(hadamard, out.shape[-1], out.device)
         return out
 
     def _values_to_stored(self, x: torch.Tensor) -> torch.Tensor:
         if self.form.values.basis == "hadamard":
-            return x.float() @ hadamard(x.shape[-1]).to(x.device).T
+            return x.float() @ _basis(hadamard, x.shape[-1], x.device).T
         return x
 
     def _key_basis(self, x: torch.Tensor) -> torch.Tensor:
         side = self.form.keys
         if side.basis == "hadamard":
-            x = x.float() @ hadamard(x.shape[-1]).to(x.device).T
+            x = x.float() @ _basis(hadamard, x.shape[-1], x.device).T
         if all(cls.basis == "none" for cls in side.classes):
             return x
         parts = x.float().split(side.sizes(x.shape[-1]), dim=-1)
         return torch.cat(
             [
-                p @ real_fft(p.shape[-1]).to(p).T if cls.basis == "fft" and p.shape[-1] else p
+                p @ _basis(real_fft, p.shape[-1], p.device).T if cls.basis == "fft" and p.shape[-1] else p
                 for p, cls in zip(parts, side.classes)
             ],
             dim=-1,

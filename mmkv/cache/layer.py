@@ -60,8 +60,8 @@ class KVLayer(CacheLayerMixin):
         new = key_states.shape[2]
         if self.seen + new != self.state.seen:
             raise RuntimeError(
-                f"layer {self.index} was given {new} tokens after {self.seen}, but the model announced {self.state.seen}; "
-                "call the whole wrapped model, not single layers"
+                f"layer {self.index} was given {new} tokens after {self.seen}, but {self.state.seen} were announced: this cache "
+                "belongs to a model that mmkv.wrap has wrapped, and is filled by calling that whole model"
             )
         # a first fill is adopted, not copied, as transformers' own layer would
         self.keys = torch.cat([self.keys, key_states], dim=2) if self.keys.shape[2] else key_states

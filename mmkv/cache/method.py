@@ -52,6 +52,11 @@ class CacheMethod:
         """
         return form
 
+    @property
+    def reads_embeddings(self) -> bool:
+        """Whether `mark` looks at the embeddings; where not, they are not made for it."""
+        return False
+
     def mark(self, embeds: torch.Tensor, chunk: TokenLayout) -> torch.Tensor | None:
         """Choose tokens from what the language model is fed, before its first layer.
 
@@ -104,13 +109,22 @@ def split(columns: torch.Tensor, marks: torch.Tensor | None, forms: tuple[PackFo
 
 def check_residual(residual: int) -> None:
     """Raise ValueError for a residual window below the floor that rollback needs."""
+    if isinstance(residual, bool) or not isinstance(residual, int):
+        raise ValueError(f"residual {residual!r}: possible are whole numbers of tokens from {MIN_RESIDUAL}")
     if residual < MIN_RESIDUAL:
         raise ValueError(
             f"residual {residual}: at least {MIN_RESIDUAL} tokens stay dense, so that drafts can be rolled back"
         )
 
 
+def check_numbers(**options) -> None:
+    """Raise ValueError for an option that is not a number."""
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name} {value!r}: a number is needed")
+
+
 def check_sinks(sinks: int) -> None:
     """Raise ValueError for an impossible number of sink tokens."""
-    if not isinstance(sinks, int) or not 0 <= sinks <= 1024:
+    if isinstance(sinks, bool) or not isinstance(sinks, int) or not 0 <= sinks <= 1024:
         raise ValueError(f"sinks {sinks!r}: possible are 0 to 1024 tokens")

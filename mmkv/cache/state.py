@@ -60,7 +60,7 @@ class CacheState:
         """int8 `[B, T]`: where each new token will be stored, None where all go to the main format."""
         if self.method is None:
             return None
-        marks = None if embeds is None else self.method.mark(embeds, chunk)
+        marks = self.method.mark(embeds, chunk) if self.method.reads_embeddings and embeds is not None else None
         before = 0 if self.layout is None else self.layout.valid.sum(1, keepdim=True)
         sinks = chunk.valid & (chunk.valid.cumsum(1) + before <= self.method.dense_sinks)
         if not bool(sinks.any()):

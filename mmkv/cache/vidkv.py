@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mmkv.cache.formats import ChannelClass, PackFormat, Side
-from mmkv.cache.method import CacheMethod, check_residual, check_sinks
+from mmkv.cache.method import CacheMethod, check_numbers, check_residual, check_sinks
 from mmkv.kernels import code, sign, ternary
 from mmkv.kernels.spec import Code
 from mmkv.layout import TokenLayout
@@ -71,6 +71,7 @@ class VidKV(CacheMethod):
     def __post_init__(self):
         check_residual(self.residual)
         check_sinks(self.sinks)
+        check_numbers(key_bits=self.key_bits, value_bits=self.value_bits, stp=self.stp, gamma=self.gamma)
         if not 1 <= self.key_bits <= 2:
             raise ValueError(
                 f"key_bits {self.key_bits}: possible are 1 to 2 (the fraction is the share of 2-bit channels)"
@@ -132,6 +133,10 @@ class VidKV(CacheMethod):
         classes = (ChannelClass(1.0, quantizer),)
         basis = "hadamard" if rotated else "none"
         return Side("token" if rotated else "channel", classes, basis=basis, scale_bits=self.scale_bits)
+
+    @property
+    def reads_embeddings(self) -> bool:
+        return bool(self.stp)
 
     def mark(self, embeds: torch.Tensor, chunk: TokenLayout) -> torch.Tensor | None:
         """STP: score_i = mean over text tokens of the dot product of embeddings (paper eq. 8), the top share is protected."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mmkv.cache.formats import ChannelClass, PackFormat, Side
-from mmkv.cache.method import CacheMethod, check_residual, check_sinks
+from mmkv.cache.method import CacheMethod, check_numbers, check_residual, check_sinks
 from mmkv.kernels import code, mean_only
 from mmkv.parts.registry import register
 
@@ -15,7 +15,7 @@ from mmkv.parts.registry import register
 DISTORTION = {0: 1.0, 1: 0.3634, 2: 0.1175, 4: 0.0095}
 
 
-@register("cache", "mmkv, by reverse water-filling")
+@register("cache", "mmkv, water-filling")
 @dataclass(frozen=True)
 class WaterfillKV(CacheMethod):
     """Key bits by reverse water-filling over channels, values rotated and ternary per token.
@@ -54,6 +54,7 @@ class WaterfillKV(CacheMethod):
     def __post_init__(self):
         check_residual(self.residual)
         check_sinks(self.sinks)
+        check_numbers(key_bits=self.key_bits, value_bits=self.value_bits)
         if not set(self.levels) <= set(DISTORTION) or list(self.levels) != sorted(set(self.levels)) or not self.levels:
             raise ValueError(f"levels {self.levels!r}: possible are ascending choices among {tuple(DISTORTION)}")
         if not self.levels[0] <= self.key_bits <= self.levels[-1] or not self.key_bits > 0:

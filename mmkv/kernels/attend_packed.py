@@ -61,7 +61,8 @@ def attend_packed(
     if q.is_cuda:
         from .attend_packed_triton import attend_packed_triton
 
-        return attend_packed_triton(q, keys, values, table, **options)
+        with torch.cuda.device(q.device):  # Triton launches on the current device, a split model has several
+            return attend_packed_triton(q, keys, values, table, **options)
     return attend_packed_reference(q, keys, values, table, **options)
 
 

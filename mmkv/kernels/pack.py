@@ -45,7 +45,8 @@ def pack_blocks(x: Tensor, count: Tensor, spec: Spec) -> Blocks:
     if x.is_cuda:
         from .pack_triton import pack_blocks_triton
 
-        return pack_blocks_triton(x, count, spec)
+        with torch.cuda.device(x.device):  # Triton launches on the current device, a split model has several
+            return pack_blocks_triton(x, count, spec)
     return pack_blocks_reference(x, count, spec)
 
 

@@ -1,1 +1,1 @@
-"""What cache and token methods share: probe, matching, decision."""
+"""What cache and token methods share: the registry of methods."""
