@@ -104,6 +104,13 @@ def test_ask_compares(mmkv_command, quick, clip, untrained):
     assert untrained[0].config.get_text_config()._attn_implementation != "mmkv"
 
 
+@pytest.mark.parametrize("question", ["", "   "])
+def test_empty_questions_are_refused(mmkv_command, clip, question):
+    code, out, err = mmkv_command("ask", clip, question)
+    assert (code, out) == (2, "")
+    assert "empty question" in err
+
+
 def test_unknown_words_are_named(mmkv_command, clip, monkeypatch, untrained):
     monkeypatch.setattr(tiny, "load", lambda *_: untrained)
     code, out, err = mmkv_command("ask", clip, "where is the zebra?")
