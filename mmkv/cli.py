@@ -93,11 +93,12 @@ def ask(
 
 
 def _quiet() -> None:
-    """Keep transformers' advice, its progress bars and the decoders' chatter off a person's screen; errors still show."""
-    import av
+    """Keep transformers' advice, its progress bars and decord's chatter off a person's screen; errors still show.
+
+    PyAV is silent by itself. Its own logging must stay off: it calls Python from decoder threads and can deadlock.
+    """
     from transformers.utils import logging
 
-    av.logging.set_level(av.logging.PANIC)
     with suppress(ImportError):
         import decord
 
