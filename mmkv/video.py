@@ -300,6 +300,13 @@ def _decord_frame(reader: Any, index: int) -> np.ndarray | None:
     return image if image.ndim == 3 and image.shape[2] == 3 else None
 
 
+def _decode_in_this_thread(stream: Any) -> None:
+    """No decoder threads: older torchvision turns on PyAV's logging, which calls Python from them, and freeing the decoder of
+    a damaged file then waits for a thread that waits for Python, for ever."""
+    stream.thread_type = "NONE"
+    stream.codec_context.thread_count = 1
+
+
 def _pyav_frames(path: Path, index: _Index, wanted: list[int]) -> Iterator[np.ndarray]:
     """Images of the `wanted` frames (ascending, may repeat); seeks over whole groups of pictures it does not need."""
     import av
@@ -307,7 +314,7 @@ def _pyav_frames(path: Path, index: _Index, wanted: list[int]) -> Iterator[np.nd
     try:
         with av.open(str(path)) as container:
             stream = container.streams[index.stream]
-            stream.thread_type = "AUTO"
+            _decode_in_this_thread(stream)
             decoded = container.decode(stream)
             frame, at, size = None, -1, None
             for i in wanted:

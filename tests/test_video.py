@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -196,15 +198,40 @@ def test_broken_files(tmp_path, kind, says):
     assert "\n" not in str(caught.value) and path.name in str(caught.value)
 
 
-def test_damaged_in_the_middle(tmp_path):
-    path = videos.write(tmp_path / "damaged.mp4", count=60, faststart=True)
+def damaged(path):
+    """A file whose second half of pictures is garbage."""
+    videos.write(path, count=60, faststart=True)
     data = bytearray(path.read_bytes())
     start = data.find(b"mdat")
     for i in range(start + (len(data) - start) // 2, len(data)):
         data[i] = (data[i] * 7 + 13) % 256
     path.write_bytes(data)
+    return path
+
+
+def test_damaged_in_the_middle(tmp_path):
+    path = damaged(tmp_path / "damaged.mp4")
     with pytest.raises(VideoError, match="damaged"):
         open_video(path).array()
+
+
+def test_damaged_with_logging_on(tmp_path):
+    """PyAV's logging, which older torchvision turns on, calls Python from decoder threads: freeing one must not wait for it."""
+    path = damaged(tmp_path / "damaged.mp4")
+    code = f"""
+import av
+av.logging.set_level(av.logging.ERROR)
+from mmkv.video import VideoError, open_video
+for _ in range(5):
+    try:
+        open_video({str(path)!r}).array()
+    except VideoError as error:
+        assert "damaged" in str(error)
+    else:
+        raise SystemExit("not noticed")
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_missing_file(tmp_path):
