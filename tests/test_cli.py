@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 import torch
 import videos
+from rich.console import Console
 
 from mmkv import _ask, _doctor, cli
 from mmkv.models import tiny
 from mmkv.models.tiny import build
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch):
+    """Consoles that wrap nothing, whatever COLUMNS said when the module was imported."""
+    monkeypatch.setattr(cli, "out", Console(width=1000))
+    monkeypatch.setattr(cli, "err", Console(width=1000, stderr=True))
 
 
 @pytest.fixture
@@ -20,7 +28,6 @@ def mmkv_command(capsys, monkeypatch):
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["mmkv", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "1000")
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         seen = capsys.readouterr()
@@ -194,7 +201,6 @@ def test_demo_answers_right(capsys, monkeypatch):
     """What `make demo` shows: bundled model, real .mp4, at least two right answers of three with either cache."""
     from mmkv.demos import ask as demo
 
-    monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as stopped:
         demo.main()
     out = capsys.readouterr().out
