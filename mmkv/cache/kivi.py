@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmkv.cache.formats import ChannelClass, PackFormat, Side
-from mmkv.cache.method import CacheMethod, check_residual, check_sinks
+from mmkv.cache.method import CacheMethod
 from mmkv.kernels import code
 from mmkv.parts.registry import register
 
@@ -41,17 +41,8 @@ class KIVI(CacheMethod):
     sinks: int = 0
 
     def __post_init__(self):
-        check_residual(self.residual)
-        check_sinks(self.sinks)
+        super().__post_init__()
         self.formats()
-
-    @property
-    def residual_window(self) -> int:
-        return self.residual
-
-    @property
-    def dense_sinks(self) -> int:
-        return self.sinks
 
     def formats(self) -> tuple[PackFormat, ...]:
         quantizer = (ChannelClass(1.0, code("minmax", self.bits)),)

@@ -24,14 +24,18 @@ class CacheMethod:
     requantized.
     """
 
+    def __post_init__(self) -> None:
+        check_residual(self.residual_window)
+        check_sinks(self.dense_sinks)
+
     def formats(self) -> tuple[PackFormat, ...]:
         """The formats it stores tokens in; the first is the main one, which decoded tokens join."""
         raise NotImplementedError
 
     @property
     def residual_window(self) -> int:
-        """Newest tokens kept dense."""
-        return MIN_RESIDUAL
+        """Newest tokens kept dense: the option `residual` where a method has one."""
+        return getattr(self, "residual", MIN_RESIDUAL)
 
     def check(self, head_dim: int, value_dim: int) -> None:
         """Raise ValueError where a model's heads do not fit."""
@@ -41,7 +45,7 @@ class CacheMethod:
     @property
     def dense_sinks(self) -> int:
         """First tokens of a sequence kept dense: attention sinks, whose keys are outliers that no group should share."""
-        return 0
+        return getattr(self, "sinks", 0)
 
     def adapt(self, form: PackFormat, keys: torch.Tensor) -> PackFormat:
         """The format a new segment gets for one batch element; by default `form` as it is.

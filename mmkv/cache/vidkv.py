@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mmkv.cache.formats import ChannelClass, PackFormat, Side
-from mmkv.cache.method import CacheMethod, check_numbers, check_residual, check_sinks
+from mmkv.cache.method import CacheMethod, check_numbers
 from mmkv.kernels import code, sign, ternary
 from mmkv.kernels.spec import Code
 from mmkv.layout import TokenLayout
@@ -69,8 +69,7 @@ class VidKV(CacheMethod):
     official: bool = False
 
     def __post_init__(self):
-        check_residual(self.residual)
-        check_sinks(self.sinks)
+        super().__post_init__()
         check_numbers(key_bits=self.key_bits, value_bits=self.value_bits, stp=self.stp, gamma=self.gamma)
         if not 1 <= self.key_bits <= 2:
             raise ValueError(
@@ -87,10 +86,6 @@ class VidKV(CacheMethod):
         if self.value_bits not in (1.58, 2, 4, 8):
             raise ValueError(f"value_bits {self.value_bits!r}: possible are 1.58, 2, 4, 8")
         self.formats()
-
-    @property
-    def residual_window(self) -> int:
-        return self.residual
 
     @property
     def dense_sinks(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mmkv.cache.formats import ChannelClass, PackFormat, Side
-from mmkv.cache.method import CacheMethod, check_numbers, check_residual, check_sinks
+from mmkv.cache.method import CacheMethod, check_numbers
 from mmkv.kernels import code, mean_only
 from mmkv.parts.registry import register
 
@@ -52,8 +52,7 @@ class WaterfillKV(CacheMethod):
     sinks: int = 4
 
     def __post_init__(self):
-        check_residual(self.residual)
-        check_sinks(self.sinks)
+        super().__post_init__()
         check_numbers(key_bits=self.key_bits, value_bits=self.value_bits)
         if not set(self.levels) <= set(DISTORTION) or list(self.levels) != sorted(set(self.levels)) or not self.levels:
             raise ValueError(f"levels {self.levels!r}: possible are ascending choices among {tuple(DISTORTION)}")
@@ -66,14 +65,6 @@ class WaterfillKV(CacheMethod):
         if not isinstance(self.step, int) or self.step < 1:
             raise ValueError(f"step {self.step!r}: possible are whole numbers from 1")
         self.formats()
-
-    @property
-    def residual_window(self) -> int:
-        return self.residual
-
-    @property
-    def dense_sinks(self) -> int:
-        return self.sinks
 
     def formats(self) -> tuple[PackFormat, ...]:
         # before the keys are known: as if variance halved with every step
