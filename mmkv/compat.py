@@ -12,7 +12,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 TRANSFORMERS = Version(transformers.__version__)
-OLDEST_TRANSFORMERS = Version("5.2")
 
 
 def crop_target(argument: int, seen: int) -> int:

@@ -39,7 +39,7 @@ def adopt(cache, text_config, method: CacheMethod | None) -> CacheState:
     """
     state = state_of(cache)
     if state is not None:
-        if state.method != method or len(cache.layers) != len(compat.layer_windows(text_config)):
+        if state.method != method or len(cache.layers) != text_config.num_hidden_layers:
             raise ValueError(
                 f"this cache stores tokens by {state.method or 'keeping everything'}, the model is wrapped with "
                 f"{method or 'nothing'}; start a new cache after wrapping anew"

@@ -15,8 +15,7 @@ class DenseSegment:
     The same calls as `PackedSegment`. Batch elements that hold fewer tokens than others have empty places.
     """
 
-    def __init__(self, role: int, batch: int):
-        self.role = role
+    def __init__(self, batch: int):
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.positions = torch.full((batch, 0), _NOWHERE)  # int64 [B, n], on the CPU

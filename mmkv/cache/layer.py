@@ -127,7 +127,7 @@ class KVLayer(CacheLayerMixin):
         for segment in self.segments:
             if isinstance(segment, DenseSegment):
                 return segment
-        made = DenseSegment(DENSE, self.keys.shape[0])
+        made = DenseSegment(self.keys.shape[0])
         self.segments.append(made)
         return made
 

@@ -18,7 +18,8 @@ MIN_RESIDUAL = 32  # newest tokens that always stay dense, so that a rejected dr
 
 @dataclass(frozen=True)
 class CacheMethod:
-    """Base of the cache methods. A subclass overrides `formats` and, where tokens differ, `mark` and `split`.
+    """Base of the cache methods. A subclass overrides `formats`; where tokens differ, `mark` and
+    `reads_embeddings`; where a format depends on the keys, `adapt`.
 
     Every method keeps the newest `residual` tokens dense; what leaves that window is stored in whole groups and never
     requantized.

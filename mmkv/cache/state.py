@@ -61,6 +61,8 @@ class CacheState:
         if self.method is None:
             return None
         marks = self.method.mark(embeds, chunk) if self.method.reads_embeddings and embeds is not None else None
+        if not self.method.dense_sinks:
+            return marks
         before = 0 if self.layout is None else self.layout.valid.sum(1, keepdim=True)
         sinks = chunk.valid & (chunk.valid.cumsum(1) + before <= self.method.dense_sinks)
         if not bool(sinks.any()):
