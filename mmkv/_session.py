@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from mmkv._report import Meter
-from mmkv.cache import NAME, Cache, CacheMethod, adopt, register, state_of
+from mmkv.cache import NAME, Cache, CacheMethod, adopt, register, settle_jointly, state_of
 from mmkv.layout import TokenLayout
 from mmkv.models import Adapter
 
@@ -144,7 +144,8 @@ class Session:
     def _after_text(self, module, args, kwargs, output):
         state = state_of(kwargs.get("past_key_values"))
         if state is not None:
-            state.scratch = {}
+            settle_jointly(kwargs["past_key_values"].layers)
+            state.scratch, state.norms = {}, {}
             self.meter.read(kwargs["past_key_values"].layers, state)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from mmkv._presets import preset as find_preset
 from mmkv._session import Session
-from mmkv.cache import CacheMethod
+from mmkv.cache import CacheMethod, pipeline
 from mmkv.models import adapter_for
 
 
@@ -117,7 +117,4 @@ def _method(preset, cache) -> CacheMethod | None:
             raise TypeError(f"cache=[{method.__name__}] is a class; give an instance: {method.__name__}()")
         if not isinstance(method, CacheMethod):
             raise TypeError(f"cache={method!r} is not a cache method; mmkv.methods() lists them")
-    if len(methods) > 1:
-        names = ", ".join(type(method).__name__ for method in methods)
-        raise NotImplementedError(f"cache=[{names}]: several methods on one cache come with a later version; give one")
-    return methods[0] if methods else None
+    return pipeline(tuple(methods))

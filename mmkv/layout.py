@@ -70,6 +70,10 @@ class TokenLayout:
         """The first `length` tokens."""
         return self._map(None, lambda a, _: a[..., :length])
 
+    def take(self, columns: torch.Tensor | slice) -> TokenLayout:
+        """The tokens at the given columns."""
+        return self._map(None, lambda a, _: a[..., columns])
+
     def rows(self, index: torch.Tensor) -> TokenLayout:
         """The batch elements `index` (beam reorder, repeat, select)."""
         return self._map(None, lambda a, _: a[..., index, :])

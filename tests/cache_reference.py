@@ -13,7 +13,12 @@ import pytest
 import torch
 
 import mmkv
-from mmkv.cache import KIVI, CacheState, KVLayer, VidKV
+from mmkv.cache import KIVI, CacheState, KVLayer, Pipeline, SnapKV, VidKV, pipeline
+from mmkv.cache.cache import settle_jointly
+from mmkv.cache.dense import DenseSegment
+from mmkv.cache.eviction import Eviction
+from mmkv.cache.fill import Asked
+from mmkv.cache.summary import SummarySegment
 from mmkv.cache.view import View
 from mmkv.kernels import hadamard, real_fft, unpack_blocks
 from mmkv.layout import VIDEO, TokenLayout
@@ -38,8 +43,25 @@ def _small(method):
     return dataclasses.replace(method, **dict.fromkeys(names, 32), **sinks)
 
 
-# registering a method puts it into the shared test matrix
-METHODS |= {f"registered {entry.name}": _small(entry.method()) for entry in mmkv.methods() if entry.kind == "cache"}
+# registering a method puts it into the shared test matrix: here where it stores every token, else into CHOOSING
+_REGISTERED = {entry.name: _small(entry.method()) for entry in mmkv.methods() if entry.kind == "cache"}
+METHODS |= {f"registered {name}": method for name, method in _REGISTERED.items() if not method.decides}
+CHOOSING = {name: method for name, method in _REGISTERED.items() if method.decides}
+CHOOSING |= {
+    "snapkv-kivi": pipeline((SnapKV(budget=0.5), KIVI(bits=4, group=32, residual=32))),
+    "snapkv-vidkv-sinks": pipeline((SnapKV(budget=0.4), VidKV(group=32, residual=32, sinks=4))),
+    "snapkv by modality": SnapKV(budget={"text": 0.6, "video": 0.3, "image": 0.5}),
+    "snapkv in tokens": SnapKV(budget=64),
+}
+
+
+def keep_all(method):
+    """The setting of a choosing method that drops nothing and stores 16 bits."""
+    if isinstance(method, Pipeline):
+        return keep_all(method.methods[0])
+    if isinstance(method, Eviction):
+        return dataclasses.replace(method, budget=1.0)
+    return method.keeping_everything()
 
 
 def key_rotation(side, channels: int, order: torch.Tensor) -> torch.Tensor:
@@ -55,90 +77,96 @@ def key_rotation(side, channels: int, order: torch.Tensor) -> torch.Tensor:
     return out @ matrix
 
 
-def unpacked(segment, row: int):
-    """Positions [n] and keys, values fp64 [Hkv, n, D] of one batch element of a packed segment, in the model's channels."""
-    packer, heads, group = segment.packer, segment.heads, segment.packer.form.group
-    keys, values, positions = [], [], None
-    for head in range(heads):
-        r = row * heads + head
-        k, v, at = [], [], []
-        for slot in range(segment.count.shape[1]):
-            count = int(segment.count[r, slot])
-            if not count:
-                continue
-            block = int(segment.block[r, slot])
-            one = torch.tensor([block])
-            k.append(unpack_blocks(segment.keys.select(one))[0, :count])
-            v.append(unpack_blocks(segment.values.select(one))[0, :count])
-            first = int(segment.start[r, slot])
-            at.append(
-                torch.arange(first, first + count)
-                if segment.positions is None
-                else segment.positions[row, slot, :count].long()
-            )
-        if not k:
-            return torch.zeros(0, dtype=torch.long), None, None
-        d, dv = k[0].shape[-1], v[0].shape[-1]
-        order = torch.arange(d)
-        if packer.order is not None:
-            order = packer.order[row, head if packer.order.shape[1] > 1 else 0]
-        keys.append(torch.cat(k).double() @ key_rotation(packer.form.keys, d, order))
-        back = hadamard(dv).double() if packer.form.values.basis == "hadamard" else torch.eye(dv, dtype=torch.float64)
-        values.append(torch.cat(v).double() @ back)
-        at = torch.cat(at)
-        assert positions is None or torch.equal(positions, at), "heads of one batch element hold different tokens"
-        positions = at
-    assert group >= 1
-    return positions, torch.stack(keys), torch.stack(values)
+def unpacked(segment, row: int, head: int):
+    """Positions [n] and keys, values fp64 [n, D] of one KV head of a packed segment, in the model's channels."""
+    packer = segment.packer
+    r = row * segment.heads + head
+    k, v, at = [], [], []
+    for slot in range(segment.count.shape[1]):
+        count = int(segment.count[r, slot])
+        if not count:
+            continue
+        one = segment.block[r, slot].long().view(1)
+        k.append(unpack_blocks(segment.keys.select(one))[0, :count])
+        v.append(unpack_blocks(segment.values.select(one))[0, :count])
+        first = int(segment.start[r, slot])
+        positions = segment.positions
+        if positions is not None:
+            positions = positions[r if len(positions) == len(segment.block) else row, slot, :count].long()
+        at.append(torch.arange(first, first + count) if positions is None else positions)
+    if not k:
+        return torch.zeros(0, dtype=torch.long), None, None
+    d, dv = k[0].shape[-1], v[0].shape[-1]
+    order = torch.arange(d)
+    if packer.order is not None:
+        order = packer.order[row, head if packer.order.shape[1] > 1 else 0]
+    keys = torch.cat(k).double() @ key_rotation(packer.form.keys, d, order)
+    back = hadamard(dv).double() if packer.form.values.basis == "hadamard" else torch.eye(dv, dtype=torch.float64)
+    return torch.cat(at), keys, torch.cat(v).double() @ back
 
 
-def held(layer, row: int):
-    """All tokens of one batch element, packed and dense, sorted by position: positions, keys, values, packed (bool)."""
-    parts = [(*unpacked(s, row), True) for s in layer.packed]
+def held_by_head(layer, row: int, head: int):
+    """All tokens of one KV head, sorted by position: positions, keys [n, D], values [n, Dv], packed (bool)."""
+    parts = [(*unpacked(s, row, head), True) for s in layer.packed]
     for s in layer.segments:
-        if s not in layer.packed:  # sinks, kept as they are
-            n = s.tokens[row]
-            parts.append((s.positions[row, :n], s.keys[row, :, :n].double(), s.values[row, :, :n].double(), False))
+        if isinstance(s, DenseSegment):
+            r = row * s.heads + head
+            at = slice(s.offsets[r], s.offsets[r + 1])
+            parts.append((s.positions[at].long(), s.keys[at].double(), s.values[at].double(), False))
     parts = [p for p in parts if p[0].numel()]
     at = torch.arange(layer.start, layer.seen)
     keep = layer.state.layout.valid[row, layer.start : layer.seen] & (at >= layer.packed_to[row])
-    parts.append((at[keep], layer.keys[row, :, keep].double(), layer.values[row, :, keep].double(), False))
+    parts.append((at[keep], layer.keys[row, head, keep].double(), layer.values[row, head, keep].double(), False))
     at = torch.cat([p[0] for p in parts])
     packed = torch.cat([torch.full((p[0].numel(),), p[3]) for p in parts])
     order = at.argsort()
-    return (
-        at[order],
-        torch.cat([p[1] for p in parts], 1)[:, order],
-        torch.cat([p[2] for p in parts], 1)[:, order],
-        packed[order],
-    )
+    return at[order], torch.cat([p[1] for p in parts])[order], torch.cat([p[2] for p in parts])[order], packed[order]
+
+
+def held(layer, row: int):
+    """All tokens of one batch element where its heads hold the same: positions [n], keys and values [Hkv, n, D], packed [n]."""
+    heads = [held_by_head(layer, row, head) for head in range(layer.keys.shape[1])]
+    at, _, _, packed = heads[0]
+    assert all(torch.equal(at, h[0]) and torch.equal(packed, h[3]) for h in heads), "heads hold different tokens"
+    return at, torch.stack([h[1] for h in heads]), torch.stack([h[2] for h in heads]), packed
 
 
 def dense_attention(layer, row, query, *, scaling, softcap=None, s_aux=None):
     """fp64 output [Hq, Tq, Dv] of the newest Tq tokens of one batch element over everything that is held."""
-    at, keys, values, _ = held(layer, row)
     heads, new, _ = query.shape
-    group = heads // keys.shape[0]
-    keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
-    scores = query.double() @ keys.transpose(1, 2) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    group = heads // layer.keys.shape[1]
     mine = torch.arange(layer.seen - new, layer.seen)[:, None]
-    seen = at[None] <= mine
-    if layer.window is not None:
-        seen &= at[None] > mine - layer.window
-    scores = scores.masked_fill(~seen, -torch.inf)
-    if s_aux is not None:
-        scores = torch.cat([scores, s_aux.double().view(-1, 1, 1).expand(-1, new, 1)], -1)
-        values = torch.nn.functional.pad(values, (0, 0, 0, 1))
-    return torch.nan_to_num(scores.softmax(-1)) @ values
+    outs = []
+    for h in range(heads):
+        at, keys, values, _ = held_by_head(layer, row, h // group)
+        bias = torch.zeros(at.numel(), dtype=torch.float64)
+        for s in layer.segments:
+            if isinstance(s, SummarySegment):  # one token that weighs as much as `counts` of them
+                at = torch.cat([at, torch.full((s.counts.shape[2],), -1)])
+                keys = torch.cat([keys, s.keys[row, h // group].double()])
+                values = torch.cat([values, s.values[row, h // group].double()])
+                bias = torch.cat([bias, s.counts[row, h // group].double().log()])
+        scores = query[h].double() @ keys.T * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores + bias
+        seen = at[None] <= mine
+        if layer.window is not None:
+            seen &= at[None] > mine - layer.window
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if s_aux is not None:
+            scores = torch.cat([scores, s_aux[h].double().expand(new, 1)], -1)
+            values = torch.nn.functional.pad(values, (0, 0, 0, 1))
+        outs.append(torch.nan_to_num(scores.softmax(-1)) @ values)
+    return torch.stack(outs)
 
 
 @contextmanager
 def checked_attention(limit: float = 1e-4):
     """Within the block, every merged attention call is compared with `dense_attention`; yields the list of errors.
 
-    Also asserts at every call that each valid token is held exactly once (for a sliding layer: each one it can see).
+    Also asserts at every call that each valid token is held exactly once (for a sliding layer: each one it can see); where
+    the method evicts, that none is held twice and that the newest of the residual window are.
     """
     errors: list[float] = []
     original = View.attend
@@ -150,12 +178,20 @@ def checked_attention(limit: float = 1e-4):
         want, valid = [], layer.state.layout.valid[:, : layer.seen]
         options = {name: kwargs.get(name) for name in ("scaling", "softcap", "s_aux")}
         for row in range(query.shape[0]):
-            at = held(layer, row)[0]
-            should = valid[row].nonzero()[:, 0]
-            if layer.window is not None:
-                oldest = layer.seen - new - layer.window + 1
-                at, should = at[at >= oldest], should[should >= oldest]
-            assert torch.equal(at, should), f"layer {layer.index}, row {row}: tokens lost or held twice"
+            for head in range(layer.keys.shape[1]):
+                at = held_by_head(layer, row, head)[0]
+                should = valid[row].nonzero()[:, 0]
+                if layer.window is not None:
+                    oldest = layer.seen - new - layer.window + 1
+                    at, should = at[at >= oldest], should[should >= oldest]
+                elif layer.evicted_to[row]:
+                    assert at.unique().numel() == at.numel()
+                    assert set(at.tolist()) <= set(should.tolist())
+                    newest = should[should >= layer.evicted_to[row]]
+                    assert newest.numel() >= layer.state.method.residual_window
+                    assert torch.equal(at[-newest.numel() :], newest)
+                    continue
+                assert torch.equal(at, should), f"layer {layer.index}, row {row}: tokens lost or held twice"
             want.append(dense_attention(layer, row, query[row], **options))
         rows_seen = [valid[row, layer.seen - new :] for row in range(query.shape[0])]
         out, weights = original(self, stock, stock_name, module, query, mask, **kwargs)
@@ -184,16 +220,18 @@ class Bare:
         batch, heads, dim, layers: B, Hkv, D and how many layers.
     """
 
-    def __init__(self, method, batch=1, heads=2, dim=16, layers=1, window=None, dtype=torch.float32, seed=0):
-        self.state = CacheState(method)
+    def __init__(self, method, batch=1, heads=2, dim=16, layers=1, window=None, dtype=torch.float32, seed=0, group=2):
+        self.state = CacheState(method, layers=layers)
+        self.group = group
         self.layers = [KVLayer(self.state, i, window) for i in range(layers)]
         self.batch, self.heads, self.dim, self.dtype = batch, heads, dim, dtype
         self.generator = torch.Generator().manual_seed(seed)
         self.keys = [torch.zeros(batch, heads, 0, dim, dtype=dtype) for _ in self.layers]  # all that was fed
         self.values = [torch.zeros(batch, heads, 0, dim, dtype=dtype) for _ in self.layers]
 
-    def feed(self, count: int, valid=None, medium=None, embeds=None, keys=None):
-        chunk = TokenLayout.text(self.batch, count, start=self.state.seen)
+    def feed(self, count: int, valid=None, medium=None, embeds=None, keys=None, queries=None, chunk=None, values=None):
+        """Queries `[B, group * Hkv, count, D]` are random where none are given; `chunk` replaces a plain text layout."""
+        chunk = TokenLayout.text(self.batch, count, start=self.state.seen) if chunk is None else chunk
         if valid is not None:
             chunk.valid = valid
         if medium is not None:
@@ -203,10 +241,15 @@ class Bare:
         for i, layer in enumerate(self.layers):
             shape = (self.batch, self.heads, count, self.dim)
             k = torch.randn(shape, generator=self.generator).to(self.dtype) if keys is None else keys.to(self.dtype)
-            v = torch.randn(shape, generator=self.generator).to(self.dtype)
+            v = torch.randn(shape, generator=self.generator).to(self.dtype) if values is None else values.to(self.dtype)
             self.keys[i], self.values[i] = torch.cat([self.keys[i], k], 2), torch.cat([self.values[i], v], 2)
             layer.update(k, v)
-            layer.settle()
+            q = queries
+            if q is None and self.state.method is not None and self.state.method.decides:
+                shape = (self.batch, self.heads * self.group, count, self.dim)
+                q = torch.randn(shape, generator=self.generator).to(self.dtype)
+            layer.settle(None if q is None else Asked(q, self.dim**-0.5))
+        settle_jointly(self.layers)
         return self
 
     @property

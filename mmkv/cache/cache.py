@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from transformers.cache_utils import DynamicCache
 
 from mmkv import compat
@@ -55,10 +56,27 @@ def adopt(cache, text_config, method: CacheMethod | None) -> CacheState:
             f"a wrapped model takes an empty DynamicCache, this {name} holds {cache.get_seq_length()} tokens"
         )
     windows = compat.layer_windows(text_config)
-    state = CacheState(method, window=min((w for w in windows if w is not None), default=None))
+    state = CacheState(method, window=min((w for w in windows if w is not None), default=None), layers=len(windows))
     # a cache made for rollback: told so (5.3 and later), or made without a config so that no layer slides (5.2)
     full = cache.layer_class_to_replicate is not None and any(windows)
     state.record_past = full or any(getattr(layer, "record_past", False) for layer in cache.layers)
     cache.layers = [KVLayer(state, index, window) for index, window in enumerate(windows)]
     cache.layer_class_to_replicate = None
     return state
+
+
+@torch.no_grad()
+def settle_jointly(layers: list[KVLayer]) -> None:
+    """Store what a forward brought where the method decides for all layers together. Called when the forward ends."""
+    if not layers or layers[0].state.method is None or not layers[0].state.method.joint:
+        return
+    method, waiting = layers[0].state.method, [layer for layer in layers if layer.waits]
+    for row in range(layers[0].batch_size if waiting else 0):
+        fills = [layer.fill(row, layer.asked) for layer in waiting]
+        if all(fill is not None for fill in fills) and layers[0].state.prompted[row]:
+            plans = [layer.plan(row, fill) for layer, fill in zip(waiting, fills)]
+            method.decide_jointly(fills, plans)
+            for layer, fill, plan in zip(waiting, fills, plans):
+                layer.apply(row, fill, plan)
+    for layer in waiting:
+        layer.finish()

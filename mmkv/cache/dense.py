@@ -1,87 +1,129 @@
-"""A dense segment: a few tokens of one layer kept as they are, apart from the tail (attention sinks)."""
+"""A dense segment: tokens of one layer kept as they are, apart from the tail (attention sinks, survivors of an eviction)."""
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 
-from mmkv.kernels import attend_dense
-
-_NOWHERE = -1  # position of a place that holds no token
+from mmkv.kernels import attend_ragged
 
 
 class DenseSegment:
-    """Keys and values `[B, Hkv, n, D]` in the model's dtype, with the logical position of each token.
+    """Keys `[N, D]` and values `[N, Dv]` in the model's dtype, flat over tokens: those of batch element 0, KV head 0, then
+    those of its head 1, and so on, never padded. `lengths` says how many each (batch element, KV head) has.
 
-    The same calls as `PackedSegment`. Batch elements that hold fewer tokens than others have empty places.
+    The same calls as `PackedSegment`.
     """
 
-    def __init__(self, batch: int):
+    def __init__(self, batch: int, heads: int):
+        self.heads = heads
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
-        self.positions = torch.full((batch, 0), _NOWHERE)  # int64 [B, n], on the CPU
-        self._placed: torch.Tensor | None = None  # the positions where the queries are
-        self.tokens = [0] * batch
+        self.positions = torch.zeros(0, dtype=torch.int32)  # [N], logical, on the CPU; ascending within a row
+        self.lengths = [0] * (batch * heads)
+        self._placed: torch.Tensor | None = None  # the positions where the queries are, made for sliding windows
 
-    def append(self, row: int, keys: torch.Tensor, values: torch.Tensor, columns: torch.Tensor) -> None:
-        """Add tokens `[Hkv, n, D]` of batch element `row` at the logical positions `columns` int64 `[n]`."""
-        batch, n = self.positions.shape[0], columns.numel()
+    def append(self, row: int, keys, values, columns, mask=None) -> None:
+        """Add tokens of batch element `row` behind those it has.
+
+        Args:
+            keys, values: `[Hkv, n, D]`.
+            columns: int64 `[n]` or `[Hkv, n]` on the CPU, their logical positions.
+            mask: bool `[Hkv, n]`, the tokens that each head keeps; None for all.
+        """
+        n = keys.shape[1]
+        columns = columns.expand(self.heads, n)
+        if mask is None:
+            mask = torch.ones(self.heads, n, dtype=torch.bool)
         if self.keys is None:
-            self.keys = keys.new_zeros(batch, keys.shape[0], 0, keys.shape[-1])
-            self.values = values.new_zeros(batch, values.shape[0], 0, values.shape[-1])
-        missing = self.tokens[row] + n - self.positions.shape[1]
-        if missing > 0:
-            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, missing))
-            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, missing))
-            self.positions = torch.nn.functional.pad(self.positions, (0, missing), value=_NOWHERE)
-        at = slice(self.tokens[row], self.tokens[row] + n)
-        self.keys[row, :, at], self.values[row, :, at] = keys, values
-        self.positions[row, at] = columns
+            self.keys, self.values = keys.new_zeros(0, keys.shape[-1]), values.new_zeros(0, values.shape[-1])
+        counts = mask.sum(1).tolist()
+        place, mask = mask.to(keys.device), mask.cpu()
+        new = (keys[place], values[place], columns[mask].to(torch.int32))
+        self.keys, self.values, self.positions = (
+            _insert(old, more, self.offsets, row * self.heads, counts)
+            for old, more in zip((self.keys, self.values, self.positions), new)
+        )
+        for head, count in enumerate(counts):
+            self.lengths[row * self.heads + head] += count
         self._placed = None
-        self.tokens[row] += n
+
+    @property
+    def offsets(self) -> list[int]:
+        """Where each (batch element, KV head) begins, and the end."""
+        return [0, *accumulate(self.lengths)]
+
+    @property
+    def tokens(self) -> list[float]:
+        """Tokens that each batch element holds, averaged over its heads."""
+        return [sum(self.lengths[i : i + self.heads]) / self.heads for i in range(0, len(self.lengths), self.heads)]
 
     def attend(self, q, *, scale, softcap=None, q_positions=None, window=None) -> tuple[torch.Tensor, torch.Tensor]:
         """As `PackedSegment.attend`."""
-        if self._placed is None or self._placed.device != q.device:
+        if window is not None and (self._placed is None or self._placed.device != q.device):
             self._placed = self.positions.to(q.device)
-        positions = self._placed
-        mask = (positions >= 0)[:, None, None, :]
-        if window is not None:
-            mask = mask & (positions[:, None, None, :] > q_positions[:, None, :, None] - window)
-        return attend_dense(q, self.keys, self.values, scale=scale, mask=mask, softcap=softcap)
+        return attend_ragged(
+            q, self.keys, self.values, self.offsets, scale=scale, softcap=softcap, positions=self._placed,
+            q_positions=q_positions, window=window,
+        )  # fmt: skip
+
+    def take(self, row: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        """Hand over all tokens of a batch element: per KV head keys `[n, D]`, values `[n, Dv]`, positions int32 `[n]`."""
+        offsets, first = self.offsets, row * self.heads
+        at = [slice(offsets[r], offsets[r + 1]) for r in range(first, first + self.heads)]
+        taken = tuple([t[s].clone() for s in at] for t in (self.keys, self.values, self.positions))
+        keep = torch.ones(self.positions.shape[0], dtype=torch.bool)
+        keep[offsets[first] : offsets[first + self.heads]] = False
+        self.keep(keep)
+        return taken
 
     def crop(self, length: int) -> None:
         """Drop the tokens at logical positions >= length."""
-        self._keep(self.positions < length)
+        self.keep(self.positions < length)
 
     def drop_before(self, position: int) -> None:
         """Drop the tokens before a logical position (sliding windows)."""
-        self._keep(self.positions >= position)
+        self.keep(self.positions >= position)
 
-    def _keep(self, keep: torch.Tensor) -> None:
-        held = keep & (self.positions >= 0)
-        order = (~held).to(torch.int8).argsort(dim=1, stable=True)  # tokens in use come first in every row
-        self.tokens = held.sum(1).tolist()
-        width = max(self.tokens, default=0)
-        self._placed = None
-        self.positions = torch.where(held, self.positions, _NOWHERE).gather(1, order)[:, :width]
-        if self.keys is not None:
-            index = order[:, None, :width, None].to(self.keys.device)
-            self.keys = self.keys.gather(2, index.expand(*self.keys.shape[:2], -1, self.keys.shape[3]))
-            self.values = self.values.gather(2, index.expand(*self.values.shape[:2], -1, self.values.shape[3]))
+    def keep(self, mask: torch.Tensor) -> None:
+        """Keep the tokens of a bool `[N]` on the CPU, and free the others."""
+        if bool(mask.all()):
+            return
+        offsets = self.offsets
+        self.lengths = [int(mask[a:b].sum()) for a, b in zip(offsets, offsets[1:])]
+        self._index(mask.nonzero()[:, 0])
 
     def rows(self, index: torch.Tensor) -> None:
         """Reorder, repeat or select batch elements."""
+        offsets = self.offsets
+        rows = [r * self.heads + head for r in index.tolist() for head in range(self.heads)]
+        parts = [torch.arange(offsets[r], offsets[r + 1]) for r in rows]
+        self.lengths = [self.lengths[r] for r in rows]
+        self._index(torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64))
+
+    def _index(self, at: torch.Tensor) -> None:
         self._placed = None
-        self.positions, self.tokens = self.positions[index.cpu()], [self.tokens[i] for i in index.tolist()]
+        self.positions = self.positions[at]
         if self.keys is not None:
-            at = index.to(self.keys.device)
+            at = at.to(self.keys.device)
             self.keys, self.values = self.keys.index_select(0, at), self.values.index_select(0, at)
 
     @property
     def empty(self) -> bool:
-        return not any(self.tokens)
+        return not any(self.lengths)
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor this segment holds."""
         held = [] if self.keys is None else [self.keys, self.values, self.positions]
         return held if self._placed is None else [*held, self._placed]
+
+
+def _insert(old: torch.Tensor, new: torch.Tensor, offsets: list[int], first: int, counts: list[int]) -> torch.Tensor:
+    """Rows `[N, ...]` with `counts[i]` new ones put behind row `first + i`."""
+    pieces, at, taken = [], 0, 0
+    for i, count in enumerate(counts):
+        end = offsets[first + i + 1]
+        pieces += [old[at:end], new[taken : taken + count]]
+        at, taken = end, taken + count
+    return torch.cat([*pieces, old[at:]])

@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-from mmkv.kernels import Blocks, Spec, hadamard, pack_blocks, real_fft
+from mmkv.kernels import Spec, hadamard, pack_blocks, real_fft
 from mmkv.kernels.spec import Code
 
 
@@ -156,28 +156,27 @@ class Packer:
         if self.order is not None:
             self.order = self.order[index.to(self.order.device)]
 
-    def pack(self, row: int, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor) -> tuple[Blocks, Blocks]:
+    def pack(self, row: int, keys: torch.Tensor, values: torch.Tensor, heads: torch.Tensor, count: torch.Tensor):
         """Pack blocks of batch element `row`.
 
         Args:
-            keys, values: `[Hkv, N, group, D]`, blocks of tokens.
+            keys, values: `[N, group, D]`, blocks of tokens.
+            heads: int64 `[N]`, KV head of each block.
             count: int `[N]`, valid tokens of each block.
 
         Returns:
-            keys and values, `Hkv * N` blocks each, head-major.
+            `Blocks` of the keys and of the values, N each.
         """
-        count = count.repeat(self.heads)
-        keys = self._to_stored(keys, row)
-        values = self._values_to_stored(values)
         return (
-            pack_blocks(keys.flatten(0, 1), count, self.key_spec),
-            pack_blocks(values.flatten(0, 1), count, self.value_spec),
+            pack_blocks(self._to_stored(keys, row, heads), count, self.key_spec),
+            pack_blocks(self._values_to_stored(values), count, self.value_spec),
         )
 
-    def _to_stored(self, x: torch.Tensor, row: int) -> torch.Tensor:
+    def _to_stored(self, x: torch.Tensor, row: int, heads: torch.Tensor) -> torch.Tensor:
         if self.order is not None:
             order = self.order[row].long()  # [1 or Hkv, D]
-            x = x.gather(-1, order[:, None, None, :].expand(x.shape))
+            order = order.expand(len(heads), -1) if order.shape[0] == 1 else order[heads]
+            x = x.gather(-1, order[:, None, :].expand(x.shape))
         return self._key_basis(x)
 
     def query(self, q: torch.Tensor) -> torch.Tensor:

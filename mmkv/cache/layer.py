@@ -7,10 +7,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from mmkv import compat
 from mmkv.cache.dense import DenseSegment
+from mmkv.cache.fill import Asked, Fill, Plan
 from mmkv.cache.formats import Packer
 from mmkv.cache.method import DENSE, split
 from mmkv.cache.segment import PackedSegment
 from mmkv.cache.state import CacheState
+from mmkv.cache.summary import SummarySegment
 from mmkv.cache.view import View
 
 
@@ -40,16 +42,24 @@ class KVLayer(CacheLayerMixin):
         self.keys = self.values = None
         self.is_initialized = False
         self.start = 0
-        self.segments: list[PackedSegment | DenseSegment] = []
+        self.segments: list[PackedSegment | DenseSegment | SummarySegment] = []
         self.packed_to: list[int] = []
+        self.evicted_to: list[int] = []  # tokens before this position may be gone for good
+        self.scores: torch.Tensor | None = (
+            None  # fp32 [B, Hkv, seen], attention mass so far, where the method accumulates
+        )
         self.new = 0  # tokens of the last update
         self._pending = False
+        # from the attention to the end of the forward, where layers decide jointly
+        self.asked: Asked | None = None
+        self.waits = False
         self._dropped = 0  # blocks that end before this position were freed (sliding windows)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.packed_to = [0] * key_states.shape[0]
+        self.evicted_to = [0] * key_states.shape[0]
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -72,33 +82,158 @@ class KVLayer(CacheLayerMixin):
         return view, view
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Store what has left the residual window, and drop what no window can see. Called after the attention."""
+    def settle(self, asked: Asked | None = None) -> None:
+        """Decide on and store what has left the residual window, and drop what no window can see.
+
+        Args:
+            asked: the attention that has just run over the new tokens; None where none did.
+        """
         if not self._pending:
             return
-        self._pending = False
+        method = self.state.method
+        if method is not None and method.accumulates and asked is not None and self.window is None:
+            self._accumulate(asked)
+        if (
+            method is not None
+            and method.joint
+            and self.window is None
+            and any(self.state.prompted)
+            and asked is not None
+        ):
+            self.asked, self.waits = asked, True  # `settle_jointly` goes on when the forward ends
+            return
+        self.finish(asked)
+
+    def finish(self, asked: Asked | None = None) -> None:
+        """Store what is not decided upon, or not any more."""
+        self._pending = self.waits = False
+        self.asked = None
         if self.state.method is not None:
-            self._pack()
+            self._pack(asked)
         if self.window is not None and not self.state.record_past:
             self._slide()
 
-    def _pack(self) -> None:
-        forms, residual = self.state.forms, self.state.method.residual_window
-        if self.keys.shape[2] < residual + forms[0].group:
-            return
-        valid = self.state.layout.valid
-        for row, packed_to in enumerate(self.packed_to):
-            first = max(packed_to, self.start)
-            held = valid[row, first : self.seen].nonzero()[:, 0] + first
-            columns = held[: max(held.numel() - residual, 0)]
-            marks = None if self.state.marks is None else self.state.marks[row, columns]
-            parts, cut = split(columns, marks, forms)
-            for part in parts:
-                self._store(row, part.form, part.columns)
-            # padding before the first token that waits is nothing to keep
-            waiting = held[held >= cut]
-            self.packed_to[row] = int(waiting[0]) if waiting.numel() else self.seen
+    def fill(self, row: int, asked: Asked | None, decoding: bool = False) -> Fill | None:
+        """What a method is told about batch element `row`, None where nothing has left the residual window."""
+        state, residual = self.state, self.state.method.residual_window
+        valid = state.layout.valid[row]
+        first = max(self.packed_to[row], self.start)
+        columns = valid[first : self.seen].nonzero()[:, 0] + first
+        old = columns.numel() - residual
+        if old <= 0:
+            return None
+        at = slice(first - self.start, None)
+        if columns.numel() < self.seen - first:  # padding in between
+            at = (columns - self.start).to(self.device)
+        marks = None if state.marks is None else state.marks[row, columns[:old]]
+        fresh = int((columns < self.seen - self.new).sum())
+        newest = columns[fresh:] - (self.seen - self.new)
+        query = None if asked is None else asked.query[row][:, newest.to(asked.query.device)]
+        norms = None
+        if self.index in state.norms:
+            norms = torch.cat([torch.full((fresh,), torch.nan), state.norms[self.index][row, newest].float().cpu()])
+        keys = self.keys[row, :, at]
+        return Fill(
+            layer=self.index,
+            layers=state.layers,
+            columns=columns,
+            old=old,
+            fresh=fresh,
+            keys=keys,
+            values=self.values[row, :, at],
+            query=query,
+            layout=state.layout.rows(torch.tensor([row])).take(columns),
+            protected=torch.zeros(old, dtype=torch.bool) if marks is None else marks == DENSE,
+            scale=1.0 if asked is None else asked.scale,
+            softcap=None if asked is None else asked.softcap,
+            causal=asked is None or asked.causal,
+            bytes_per_token=self._bytes_per_token(),
+            norms=norms,
+            scores=None if self.scores is None else self.scores[row][:, columns.to(self.scores.device)],
+            share=(columns.numel() - fresh) / state.chunk_of if state.chunk_of else 1.0,
+            decoding=decoding,
+        )
+
+    def _bytes_per_token(self) -> float:
+        """Of one token over all layers, KV heads and batch elements, in the main format."""
+        d, dv, forms = self.keys.shape[-1], self.values.shape[-1], self.state.forms
+        bits = 8.0 * self.keys.element_size() * (d + dv)
+        if forms:
+            key_bits, value_bits = forms[0].bits(d, dv)
+            bits = key_bits * d + value_bits * dv
+        return bits / 8 * self.keys.shape[0] * self.keys.shape[1] * self.state.layers
+
+    def plan(self, row: int, fill: Fill) -> Plan:
+        """Keep everything, as the marks say: where methods begin."""
+        marks = self.state.marks
+        form = torch.zeros(fill.old, dtype=torch.int8)
+        if not self.state.forms:
+            form = torch.full_like(form, DENSE)
+        elif marks is not None:
+            form = marks[row, fill.columns[: fill.old]]
+        return Plan.everything(fill, form)
+
+    def _pack(self, asked: Asked | None) -> None:
+        for row in range(len(self.packed_to)):
+            if not self._decided(row, asked):
+                self._flush(row)
         self._trim(min(self.packed_to))
+
+    def _decided(self, row: int, asked: Asked | None) -> bool:
+        """Let the method decide, where a prompt came or enough tokens were decoded; False where it changed nothing."""
+        method = self.state.method
+        if not method.decides or method.joint or self.window is not None:
+            return False
+        prompted = bool(self.state.prompted and self.state.prompted[row])
+        if not prompted and (method.interval is None or self._waiting(row) < method.residual_window + method.interval):
+            return False
+        fill = self.fill(row, asked, decoding=not prompted)
+        if fill is None:
+            return False
+        plan = self.plan(row, fill)
+        method.decide(fill, plan)
+        return self.apply(row, fill, plan)
+
+    def _waiting(self, row: int) -> int:
+        """Tokens of a batch element that are in the tail."""
+        first = max(self.packed_to[row], self.start)
+        return int(self.state.layout.valid[row, first : self.seen].sum())
+
+    def apply(self, row: int, fill: Fill, plan: Plan) -> bool:
+        """Store a batch element's old tokens as planned; False where the plan is to keep everything as the marks say."""
+        columns = fill.columns[: fill.old]
+        kept = bool(plan.keep.all())
+        if not plan.changed or (kept and not plan.summaries and bool((plan.form == DENSE).all())):
+            return False
+        for role in (DENSE, *range(len(self.state.forms))):
+            mask = plan.keep & (plan.form == role)
+            if bool(mask.any()):
+                segment = self._dense_segment() if role == DENSE else self._segment(row, role, plan.keys)
+                if role != DENSE and not segment.tokens[row]:
+                    segment.packer.fit(row, plan.keys)
+                segment.append(row, plan.keys, plan.values, columns, mask)
+        for summary in plan.summaries:
+            self._summary_segment().append(row, *summary)
+        self.packed_to[row] = int(fill.columns[fill.old]) if fill.old < fill.length else self.seen
+        if not kept:
+            self.evicted_to[row] = self.packed_to[row]
+        return True
+
+    def _flush(self, row: int) -> None:
+        """Store whole groups that have left the residual window, as the marks say."""
+        forms, residual = self.state.forms, self.state.method.residual_window
+        if not forms or self.keys.shape[2] < residual + forms[0].group:
+            return
+        first = max(self.packed_to[row], self.start)
+        held = self.state.layout.valid[row, first : self.seen].nonzero()[:, 0] + first
+        columns = held[: max(held.numel() - residual, 0)]
+        marks = None if self.state.marks is None else self.state.marks[row, columns]
+        parts, cut = split(columns, marks, forms)
+        for part in parts:
+            self._store(row, part.form, part.columns)
+        # padding before the first token that waits is nothing to keep
+        waiting = held[held >= cut]
+        self.packed_to[row] = int(waiting[0]) if waiting.numel() else self.seen
 
     def _store(self, row: int, role: int, columns: torch.Tensor) -> None:
         """Pack the tokens at these logical positions of a batch element, in the format of their role."""
@@ -127,7 +262,15 @@ class KVLayer(CacheLayerMixin):
         for segment in self.segments:
             if isinstance(segment, DenseSegment):
                 return segment
-        made = DenseSegment(self.keys.shape[0])
+        made = DenseSegment(self.keys.shape[0], self.keys.shape[1])
+        self.segments.append(made)
+        return made
+
+    def _summary_segment(self) -> SummarySegment:
+        for segment in self.segments:
+            if isinstance(segment, SummarySegment):
+                return segment
+        made = SummarySegment(self.keys.shape[0])
         self.segments.append(made)
         return made
 
@@ -191,6 +334,11 @@ class KVLayer(CacheLayerMixin):
                 f"cannot crop {self.seen - length} tokens: a layer's sliding window of {window} is full and older tokens "
                 "are gone; call cache.activate_past_recording() before the prompt"
             )
+        if length < max(self.evicted_to, default=0):
+            raise RuntimeError(
+                f"cannot crop to {length} tokens: of the first {max(self.evicted_to)} some are evicted for good; start a new "
+                "cache, or crop no deeper than the newest tokens"
+            )
         if self.index == 0:
             self.state.crop(length)
         if not self.is_initialized:
@@ -201,6 +349,8 @@ class KVLayer(CacheLayerMixin):
             self._slide()
 
     def _cut(self, length: int) -> None:
+        if self.scores is not None:
+            self.scores = self.scores[:, :, :length]
         if length < self.start or any(length < packed for packed in self.packed_to):
             for segment in self.segments:
                 segment.crop(length)
@@ -220,6 +370,9 @@ class KVLayer(CacheLayerMixin):
         at = index.to(self.keys.device)
         self.keys, self.values = self.keys.index_select(0, at), self.values.index_select(0, at)
         self.packed_to = [self.packed_to[i] for i in index.tolist()]
+        self.evicted_to = [self.evicted_to[i] for i in index.tolist()]
+        if self.scores is not None:
+            self.scores = self.scores.index_select(0, index.to(self.scores.device))
         for segment in self.segments:
             segment.rows(index)
 
@@ -256,4 +409,5 @@ class KVLayer(CacheLayerMixin):
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor this layer holds."""
         tail = [] if self.keys is None else [self.keys, self.values]
+        tail += [] if self.scores is None else [self.scores]
         return tail + [t for segment in self.segments for t in segment.tensors()]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from mmkv.cache.formats import PackFormat
 
 if TYPE_CHECKING:
+    from mmkv.cache.fill import Fill, Plan
     from mmkv.layout import TokenLayout
 
 DENSE = -1  # in marks: kept as it is, in a dense segment
@@ -18,25 +19,48 @@ MIN_RESIDUAL = 32  # newest tokens that always stay dense, so that a rejected dr
 
 @dataclass(frozen=True)
 class CacheMethod:
-    """Base of the cache methods. A subclass overrides `formats`; where tokens differ, `mark` and
-    `reads_embeddings`; where a format depends on the keys, `adapt`.
+    """Base of the cache methods.
+
+    A method that stores overrides `formats`, and where tokens differ `mark` (from embeddings, before the first layer) or
+    `decide` (from attention, layer by layer); where a format depends on the keys, `adapt`. A method that evicts or merges
+    leaves `formats` empty and overrides `decide`.
 
     Every method keeps the newest `residual` tokens dense; what leaves that window is stored in whole groups and never
     requantized.
     """
 
+    decides: ClassVar[bool] = False  # whether `decide` does anything
+    evicts: ClassVar[bool] = False  # whether `decide` may drop or merge tokens, which must come before any storing
+    reads_hidden: ClassVar[str | None] = (
+        None  # hidden states whose norms `decide` wants: "post" the layer norm, "residual"
+    )
+    accumulates: ClassVar[bool] = (
+        False  # whether `decide` wants `Fill.scores`: attention mass summed over all rows so far
+    )
+    joint: ClassVar[bool] = False  # whether all layers are decided upon together, when the forward ends
+
     def __post_init__(self) -> None:
-        check_residual(self.residual_window)
+        check_residual(self.residual_window, self.least_residual)
         check_sinks(self.dense_sinks)
 
     def formats(self) -> tuple[PackFormat, ...]:
-        """The formats it stores tokens in; the first is the main one, which decoded tokens join."""
-        raise NotImplementedError
+        """The formats it stores tokens in; the first is the main one, which decoded tokens join. Empty: it stores nothing."""
+        return ()
 
     @property
     def residual_window(self) -> int:
         """Newest tokens kept dense: the option `residual` where a method has one."""
         return getattr(self, "residual", MIN_RESIDUAL)
+
+    @property
+    def least_residual(self) -> int:
+        """The smallest residual window that works: what a rejected draft may reach, or 0 where there are no drafts."""
+        return MIN_RESIDUAL
+
+    @property
+    def interval(self) -> int | None:
+        """Decoded tokens after which `decide` is called again (`Fill.decoding`); None: prompts alone are decided upon."""
+        return None
 
     def check(self, head_dim: int, value_dim: int) -> None:
         """Raise ValueError where a model's heads do not fit."""
@@ -73,6 +97,15 @@ class CacheMethod:
             int8 `[B, T]`: index into `formats()` for each token or `DENSE`; None for the main format throughout.
         """
         return None
+
+    def decide(self, fill: Fill, plan: Plan) -> None:
+        """Change the plan for what one layer stores of one batch element; called where `decides` says so.
+
+        Not called for layers with a sliding window, which hold little anyway.
+        """
+
+    def decide_jointly(self, fills: list[Fill], plans: list[Plan]) -> None:
+        """The same for all layers of one batch element at once, where `joint` says so."""
 
 
 @dataclass(frozen=True)
@@ -112,14 +145,12 @@ def split(columns: torch.Tensor, marks: torch.Tensor | None, forms: tuple[PackFo
     return parts, cut
 
 
-def check_residual(residual: int) -> None:
+def check_residual(residual: int, least: int = MIN_RESIDUAL) -> None:
     """Raise ValueError for a residual window below the floor that rollback needs."""
     if isinstance(residual, bool) or not isinstance(residual, int):
-        raise ValueError(f"residual {residual!r}: possible are whole numbers of tokens from {MIN_RESIDUAL}")
-    if residual < MIN_RESIDUAL:
-        raise ValueError(
-            f"residual {residual}: at least {MIN_RESIDUAL} tokens stay dense, so that drafts can be rolled back"
-        )
+        raise ValueError(f"residual {residual!r}: possible are whole numbers of tokens from {least}")
+    if residual < least:
+        raise ValueError(f"residual {residual}: at least {least} tokens stay dense, so that drafts can be rolled back")
 
 
 def check_numbers(**options) -> None:

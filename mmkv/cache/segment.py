@@ -14,8 +14,8 @@ class PackedSegment:
     """Immutable blocks of codes, and per row (batch element, KV head) a table of which blocks it holds.
 
     Blocks are shared by beams that come from one prompt: reordering moves table rows, never codes. Padding is never
-    stored. Tokens carry their logical position in the sequence: a block's first one where its tokens are contiguous,
-    else all of them (`positions`, kept once per batch element).
+    stored. Heads may hold different tokens and different numbers of them. Tokens carry their logical position in the
+    sequence: a block's first one where its tokens are contiguous, else all of them (`positions`).
     """
 
     def __init__(self, packer: Packer, role: int, batch: int, device):
@@ -25,66 +25,105 @@ class PackedSegment:
         self.values: Blocks | None = None
         empty = torch.zeros(batch * self.heads, 0, dtype=torch.int32, device=device)
         self.block, self.count, self.start = empty, empty.clone(), empty.clone()
-        self.positions: torch.Tensor | None = None  # int32 [B, S, group] where tokens are scattered
-        self.tokens = [0] * batch  # held by each batch element; on the host, so that counting never waits for a device
+        # int32 [B * 1 or Hkv, S, group] where tokens are scattered; once per batch element while its heads hold the same
+        self.positions: torch.Tensor | None = None
+        self.held = (
+            [0] * batch * self.heads
+        )  # tokens of each row; on the host, so that counting never waits for a device
 
-    def append(self, row: int, keys: torch.Tensor, values: torch.Tensor, columns: torch.Tensor) -> None:
+    @property
+    def tokens(self) -> list[float]:
+        """Tokens that each batch element holds, averaged over its heads."""
+        return [sum(self.held[i : i + self.heads]) / self.heads for i in range(0, len(self.held), self.heads)]
+
+    def append(self, row: int, keys, values, columns, mask=None) -> None:
         """Pack tokens of batch element `row` behind those it has.
 
         Args:
             keys, values: `[Hkv, n, D]`, the tokens.
-            columns: int64 `[n]` on the CPU, their logical positions, ascending.
+            columns: int64 `[n]` or `[Hkv, n]` on the CPU, their logical positions, ascending.
+            mask: bool `[Hkv, n]`, the tokens that each head keeps; None for all.
         """
-        group, n = self.packer.form.group, columns.numel()
-        slots = -(-n // group)
-        pad = slots * group - n
-        if pad:  # a partial block: its tail is masked by `count` and enters no statistic
-            keys = torch.nn.functional.pad(keys, (0, 0, 0, pad))
-            values = torch.nn.functional.pad(values, (0, 0, 0, pad))
-        count = torch.full((slots,), group, dtype=torch.int32)
-        count[-1] = group - pad
-        device = keys.device
-        packed = self.packer.pack(
-            row,
-            keys.unflatten(1, (slots, group)),
-            values.unflatten(1, (slots, group)),
-            count.to(device),
-        )
+        group, n, device = self.packer.form.group, columns.shape[-1], keys.device
+        if (
+            mask is None and columns.dim() == 1
+        ):  # the same tokens for every head, without a gather where they fill blocks
+            slots = -(-n // group)
+            pad = slots * group - n
+            if pad:  # a partial block: its end is masked by `count` and enters no statistic
+                keys = torch.nn.functional.pad(keys, (0, 0, 0, pad))
+                values = torch.nn.functional.pad(values, (0, 0, 0, pad))
+            keys, values = (t.reshape(self.heads * slots, group, t.shape[-1]) for t in (keys, values))
+            count = torch.full((slots,), group)
+            count[-1] = group - pad
+            at = torch.nn.functional.pad(columns, (0, pad), value=_NOWHERE).view(1, slots, group)
+            counts, heads = count.repeat(self.heads), torch.arange(self.heads).repeat_interleave(slots)
+        else:
+            index, counts, heads = _blocks_of(torch.ones(self.heads, n).bool() if mask is None else mask.cpu(), group)
+            flat = index.to(device)
+            keys, values = keys.reshape(-1, keys.shape[-1])[flat], values.reshape(-1, values.shape[-1])[flat]
+            outside = torch.arange(group) >= counts[:, None]
+            at = columns.expand(self.heads, n).reshape(-1)[index].masked_fill(outside, _NOWHERE)
+        packed = self.packer.pack(row, keys, values, heads.to(device), counts.to(device, torch.int32))
         first = 0 if self.keys is None else len(self.keys)
         self.keys = packed[0] if self.keys is None else self.keys.cat(packed[0])
         self.values = packed[1] if self.values is None else self.values.cat(packed[1])
-        self._enter(row, first, count.to(device), columns, slots, group)
-        self.tokens[row] += n
+        self._enter(row, first, counts, heads, at)
 
-    def _enter(self, row, first, count, columns, slots, group) -> None:
-        device = self.block.device
-        rows = slice(row * self.heads, (row + 1) * self.heads)
-        used = int((self.count[row * self.heads] > 0).sum())
-        missing = used + slots - self.block.shape[1]
+    def _enter(self, row: int, first: int, counts: torch.Tensor, heads: torch.Tensor, at: torch.Tensor) -> None:
+        """Enter new blocks into the table.
+
+        Args:
+            first: id of the first of them; they are sorted by head.
+            counts, heads: int64 `[N]` on the CPU, tokens and KV head of each.
+            at: int64 `[N, group]`, positions of their tokens; `[1, slots, group]` where all heads hold the same.
+        """
+        device, group = self.block.device, self.packer.form.group
+        shared = at.dim() == 3
+        rows = row * self.heads + heads
+        used = (self.count[row * self.heads : (row + 1) * self.heads] > 0).sum(1).cpu()
+        places = torch.arange(len(heads)) - torch.searchsorted(heads, heads) + used[heads]  # behind those of its head
+        missing = int(places.max()) + 1 - self.block.shape[1]
         if missing > 0:
             grow = lambda t: torch.nn.functional.pad(t, (0, missing))  # noqa: E731
             self.block, self.count, self.start = grow(self.block), grow(self.count), grow(self.start)
             if self.positions is not None:
                 self.positions = torch.nn.functional.pad(self.positions, (0, 0, 0, missing))
-        at = slice(used, used + slots)
-        ids = torch.arange(self.heads * slots, dtype=torch.int32, device=device).view(self.heads, slots) + first
-        starts = columns[::group]
-        self.block[rows, at], self.count[rows, at] = ids, count
-        self.start[rows, at] = starts.to(device=device, dtype=torch.int32)
-        last = torch.cat([columns[group - 1 :: group], columns[-1:]])[:slots]
-        contiguous = bool((last - starts == count.cpu() - 1).all())
-        if not contiguous or self.positions is not None:
-            self._scatter()
-            padded = torch.nn.functional.pad(columns, (0, slots * group - columns.numel()), value=_NOWHERE)
-            self.positions[row, at] = padded.view(slots, group).to(device=device, dtype=torch.int32)
+        starts = at[..., 0].reshape(-1)
+        starts = starts.repeat(self.heads) if shared else starts
+        where = (rows.to(device), places.to(device))
+        self.block[where] = torch.arange(first, first + len(heads), dtype=torch.int32).to(device)
+        self.count[where] = counts.to(device, torch.int32)
+        self.start[where] = starts.to(device, torch.int32)
+        for r, count in zip(rows.tolist(), counts.tolist()):
+            self.held[r] += count
+        last = at.masked_fill(at == _NOWHERE, -1).amax(-1).reshape(-1)
+        last = last.repeat(self.heads) if shared else last
+        if self.positions is None and shared and bool((last - starts == counts - 1).all()):
+            return
+        self._scatter(apart=not shared)
+        at = at.to(device, torch.int32)
+        if not shared:
+            self.positions[where] = at
+        elif len(self.positions) == self.batch:
+            self.positions[row, places[: at.shape[1]].to(device)] = at[0]
+        else:
+            self.positions[where] = at[0].repeat(self.heads, 1)
 
-    def _scatter(self) -> None:
-        """Go from one position per block to one per token."""
+    def _scatter(self, apart: bool) -> None:
+        """Go from one position per block to one per token, `apart` for every head."""
         if self.positions is None:
             group = self.packer.form.group
             offsets = torch.arange(group, dtype=torch.int32, device=self.start.device)
-            start = self.start[:: self.heads]  # all heads of a batch element hold the same tokens
+            start = self.start if apart else self.start[:: self.heads]
             self.positions = start[:, :, None] + offsets
+        elif apart:
+            self.positions = self._by_row()
+
+    def _by_row(self) -> torch.Tensor:
+        """Positions int32 `[B * Hkv, S, group]`."""
+        repeats = len(self.block) // max(len(self.positions), 1)
+        return self.positions.repeat_interleave(repeats, 0) if repeats > 1 else self.positions
 
     def attend(self, q, *, scale, softcap=None, q_positions=None, window=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of queries over this segment's tokens, all of which precede the queries.
@@ -117,7 +156,7 @@ class PackedSegment:
             return None
         held = self.count > 0
         by_block = self.positions.new_zeros(len(self.keys), self.packer.form.group)
-        by_block[self.block[held].long()] = self.positions.repeat_interleave(self.heads, 0)[held]
+        by_block[self.block[held].long()] = self._by_row()[held]
         return by_block
 
     def crop(self, length: int) -> None:
@@ -125,7 +164,7 @@ class PackedSegment:
         if self.positions is None:
             keep = length - self.start
         else:
-            keep = (self.positions < length).sum(-1).repeat_interleave(self.heads, 0)
+            keep = (self._by_row() < length).sum(-1)
         self.count = torch.minimum(self.count, keep.clamp(min=0).to(torch.int32))
         self._compact()
 
@@ -136,8 +175,8 @@ class PackedSegment:
         self._compact()
 
     def _last_positions(self) -> torch.Tensor:
-        last = (self.count[:: self.heads].long() - 1).clamp(min=0)
-        return self.positions.gather(-1, last[..., None])[..., 0].repeat_interleave(self.heads, 0)
+        last = (self.count.long() - 1).clamp(min=0)
+        return self._by_row().gather(-1, last[..., None])[..., 0]
 
     def rows(self, index: torch.Tensor) -> None:
         """Reorder, repeat or select batch elements. Codes stay where they are until most of them are unused."""
@@ -146,7 +185,8 @@ class PackedSegment:
         table_rows = (index[:, None] * self.heads + heads).flatten()
         self.block, self.count, self.start = (t[table_rows] for t in (self.block, self.count, self.start))
         if self.positions is not None:
-            self.positions = self.positions[index]
+            shared = len(self.positions) == self.batch
+            self.positions = self.positions[index if shared else table_rows]
         self.packer.rows(index)
         self.batch = index.numel()
         self._compact()
@@ -160,9 +200,10 @@ class PackedSegment:
         order = order[:, :width]
         self.block, self.count, self.start = (t.gather(1, order) for t in (self.block, self.count, self.start))
         if self.positions is not None:
-            by_row = order[:: self.heads, :, None].expand(-1, -1, self.positions.shape[-1])
+            step = len(order) // max(len(self.positions), 1)
+            by_row = order[::step, :, None].expand(-1, -1, self.positions.shape[-1])
             self.positions = self.positions.gather(1, by_row)
-        self.tokens = self.count[:: self.heads].sum(1).tolist()
+        self.held = self.count.sum(1).tolist()
         held = self.count > 0
         used = self.block[held].unique()
         if self.keys is not None and used.numel() < 0.75 * len(self.keys):
@@ -173,7 +214,7 @@ class PackedSegment:
 
     @property
     def empty(self) -> bool:
-        return not any(self.tokens)
+        return not any(self.held)
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor this segment holds: codes, scales, zero points, tables, channel orders."""
@@ -181,3 +222,25 @@ class PackedSegment:
         for blocks in (self.keys, self.values):
             held += blocks.tensors() if blocks is not None else []
         return held + ([] if self.positions is None else [self.positions])
+
+
+def _blocks_of(mask: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cut the chosen tokens of each head into blocks.
+
+    Args:
+        mask: bool `[Hkv, n]` on the CPU.
+        group: tokens per block.
+
+    Returns:
+        int64 `[N, group]` indices into Hkv * n tokens (any token past the end of a block), int64 `[N]` tokens and int64
+        `[N]` head of each block, sorted by head.
+    """
+    heads, n = mask.shape
+    chosen = [row.nonzero()[:, 0] + head * n for head, row in enumerate(mask)]
+    index, counts, owner = [], [], []
+    for head, tokens in enumerate(chosen):
+        slots = -(-tokens.numel() // group)
+        index.append(torch.nn.functional.pad(tokens, (0, slots * group - tokens.numel())).view(slots, group))
+        counts += [min(group, tokens.numel() - i * group) for i in range(slots)]
+        owner += [head] * slots
+    return torch.cat(index), torch.tensor(counts, dtype=torch.int64), torch.tensor(owner, dtype=torch.int64)

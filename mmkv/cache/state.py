@@ -10,6 +10,7 @@ from mmkv.cache.method import DENSE, CacheMethod
 from mmkv.layout import TokenLayout
 
 NEW_MEDIA = 256  # vision tokens that justify a segment of their own, with its own channel order
+PROMPT = 256  # new tokens that are a prompt whatever they are; drafts of assisted decoding are far fewer
 
 
 @dataclass
@@ -21,16 +22,24 @@ class CacheState:
         window: the smallest sliding window of any layer, None where none slides.
         layout: of all tokens seen so far, padding included.
         marks: int8 `[B, T]`, format of each token; None where all go to the main format.
-        fresh: bool list, batch elements to which the last forward brought a new image or video.
+        fresh: bool list, batch elements to which the last forward brought a new image or video worth a segment.
+        prompted: bool list, those to which it brought a prompt: the first tokens, new media, or a long text.
+        chunk_of: where a prompt is fed in chunks, the length of the whole of it; 0 elsewhere.
+        layers: how many layers the cache has.
+        norms: fp32 `[B, T]` by layer, norms of the hidden states of this forward, where the method reads them.
         scratch: what several layers of one forward need alike (masks); emptied when the forward ends.
         record_past: keep what a sliding window would drop, so that it can be cropped back.
     """
 
     method: CacheMethod | None = None
     window: int | None = None
+    layers: int = 1
     layout: TokenLayout | None = None
     marks: torch.Tensor | None = None
     fresh: list[bool] = field(default_factory=list)
+    prompted: list[bool] = field(default_factory=list)
+    chunk_of: int = 0
+    norms: dict = field(default_factory=dict)
     record_past: bool = False
     scratch: dict = field(default_factory=dict)
 
@@ -46,7 +55,9 @@ class CacheState:
         """Enter the new tokens of a forward, before its first layer."""
         before = self.layout
         self.scratch = {}
+        self.norms = {}
         self.fresh = self._fresh(chunk)
+        self.prompted = self._prompted(chunk)
         marks = self._marks(chunk, embeds)
         if marks is not None or self.marks is not None:
             old = self.marks
@@ -78,6 +89,13 @@ class CacheState:
         seen = self.layout.medium.amax(1, keepdim=True)
         return ((chunk.medium > seen) & chunk.visual).sum(1).ge(NEW_MEDIA).tolist()
 
+    def _prompted(self, chunk: TokenLayout) -> list[bool]:
+        if self.layout is None or self.chunk_of:
+            return [True] * chunk.batch
+        seen = self.layout.medium.amax(1, keepdim=True)
+        media = ((chunk.medium > seen) & chunk.visual).any(1)
+        return (media | (chunk.valid.sum(1) >= PROMPT)).tolist()
+
     def crop(self, length: int) -> None:
         if self.layout is None:
             return
@@ -91,9 +109,10 @@ class CacheState:
         index = index.cpu()
         self.layout = self.layout.rows(index)
         self.fresh = [self.fresh[i] for i in index.tolist()]
+        self.prompted = [self.prompted[i] for i in index.tolist()]
         if self.marks is not None:
             self.marks = self.marks[index]
 
     def reset(self) -> None:
         self.layout = self.marks = None
-        self.fresh = []
+        self.fresh, self.prompted, self.norms = [], [], {}

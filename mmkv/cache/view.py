@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mmkv import compat
+from mmkv.cache.fill import Asked
 from mmkv.cache.mask import LazyMask
 from mmkv.kernels import attend_dense, merge, merge_sinks
 
@@ -48,7 +49,9 @@ class View:
             result = self._dense(stock, stock_name, module, query, mask, kwargs)
         else:
             result = self._merged(module, query, mask, **kwargs), None
-        layer.settle()
+        softcap, scaling = kwargs.get("softcap"), kwargs.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        layer.settle(Asked(query.detach(), scale, softcap))
         return result
 
     def _dense(self, stock, stock_name, module, query, mask, kwargs):

@@ -2,6 +2,7 @@
 
 from .attend_dense import attend_dense
 from .attend_packed import attend_packed
+from .attend_ragged import attend_ragged
 from .basis import hadamard, real_fft
 from .blocks import Blocks
 from .codes import code, gaussian, lloyd, mean_only, minmax, sign, symmetric, ternary
@@ -13,7 +14,7 @@ from .spec import Code, Spec
 from .table import Table
 
 __all__ = [
-    "Blocks", "Code", "Mass", "Spec", "Table", "attend_dense", "attend_packed", "code", "gaussian", "hadamard",
+    "Blocks", "Code", "Mass", "Spec", "Table", "attend_dense", "attend_packed", "attend_ragged", "code", "gaussian", "hadamard",
     "lloyd", "mean_only", "merge", "merge_sinks", "minmax", "pack_blocks", "probe", "real_fft", "sign", "symmetric", "ternary",
     "unpack_blocks", "which_kernels",
 ]  # fmt: skip

@@ -6,7 +6,9 @@ import importlib.util
 
 import torch
 
-TWINS = {"attend_packed": True, "pack_blocks": True, "attend_dense": False, "merge": False, "probe": False}
+TWINS = {
+    "attend_packed": True, "pack_blocks": True, "attend_dense": False, "attend_ragged": False, "merge": False, "probe": False,
+}  # fmt: skip
 
 
 def which_kernels() -> dict[str, str]:

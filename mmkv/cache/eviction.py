@@ -1,0 +1,67 @@
+"""`Eviction`: base of the methods that score a prompt's tokens and keep the best within a budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from mmkv.cache.fill import Fill, Plan
+from mmkv.cache.method import MIN_RESIDUAL, CacheMethod
+from mmkv.parts.budget import Budget
+from mmkv.parts.choose import top_per_head
+
+
+@dataclass(frozen=True)
+class Eviction(CacheMethod):
+    """A subclass says how tokens are scored (`score`); where heads or layers get different numbers, `choose` or `count`.
+
+    Args:
+        budget: what stays of each prompt and of each later turn that brings media, the newest tokens included: a ratio of
+            the real tokens (0.25), tokens per KV head (512), bytes of the whole cache ("64MiB"), or a dict by modality
+            (`{"video": 0.2, "image": 0.5}`; text, not named, stays whole). The newest `residual` tokens and sinks stay even
+            where that is more: of a prompt shorter than that nothing is dropped.
+        sinks: first tokens of the sequence that always stay.
+        residual: newest tokens kept, dense, at least 32.
+    """
+
+    budget: Budget | float | int | str | dict = 0.25
+    sinks: int = 0
+    residual: int = MIN_RESIDUAL
+
+    decides: ClassVar[bool] = True
+    evicts: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "budget", Budget.of(self.budget))
+        least, always = self.budget.smallest_count(), self.residual_window + self.dense_sinks
+        if self.budget.total is not None and least is not None and least < always:
+            raise ValueError(
+                f"budget of {least} tokens: {always} always stay (the newest {self.residual_window}, {self.dense_sinks} sinks); "
+                f"give {always} or more, or a ratio"
+            )
+
+    def score(self, fill: Fill) -> torch.Tensor:
+        """fp32 `[Hkv, old]`, the larger the better."""
+        raise NotImplementedError
+
+    def count(self, count: int, fill: Fill) -> int:
+        """How many tokens stay in this layer where the budget says `count`."""
+        return count
+
+    def choose(self, score: torch.Tensor, count: int, fill: Fill) -> torch.Tensor:
+        """bool `[Hkv, old]`: which of the tokens with a score above -inf stay, `count` of each head."""
+        return top_per_head(score, count)
+
+    def decide(self, fill: Fill, plan: Plan) -> None:
+        if self.budget.everything:
+            return
+        score = plan.available(self.score(fill), fill)
+        stay = torch.zeros_like(plan.keep)
+        for mine, count in self.budget.part(fill.share).pools(fill.modality, plan.present(fill), fill.bytes_per_token):
+            newest = int(mine[fill.old :].sum())  # they stay anyway, and count
+            here = mine[: fill.old].to(score.device)
+            stay |= self.choose(score.masked_fill(~here, -torch.inf), self.count(count, fill) - newest, fill)
+        plan.drop(stay, fill)

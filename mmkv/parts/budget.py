@@ -1,0 +1,136 @@
+"""`Budget`: how many tokens may stay, over all of them or by modality."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from mmkv.layout import MODALITIES
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+Amount = float | int | str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Tokens that may stay in a layer's cache, of those that one prompt (or later turn with new media) brings.
+
+    Each amount is a ratio of the real tokens (a float in (0, 1]; padding never counts), a number of tokens per KV head (an
+    int) or bytes of the whole cache, all layers and the whole batch ("64MiB").
+
+    Args:
+        total: one amount over all tokens, which then compete with one another.
+        text, image, video: an amount for each modality instead, each competing within its own; what is left out stays
+            whole.
+    """
+
+    total: Amount | None = None
+    text: Amount | None = None
+    image: Amount | None = None
+    video: Amount | None = None
+
+    def __post_init__(self):
+        given = [self.total, self.text, self.image, self.video]
+        if all(amount is None for amount in given):
+            raise ValueError("an empty budget: give a total, or an amount for text, image or video")
+        if self.total is not None and any(amount is not None for amount in given[1:]):
+            raise ValueError(f"budget {self}: give a total or amounts by modality, not both")
+        for amount in given:
+            if amount is not None:
+                check_amount(amount)
+
+    @classmethod
+    def of(cls, value: Amount | dict | Budget) -> Budget:
+        """A budget from what a method's `budget=` takes: an amount, a dict by modality, or a budget.
+
+        Raises:
+            ValueError: an impossible amount, or an unknown modality.
+        """
+        if isinstance(value, Budget):
+            return value
+        if isinstance(value, dict):
+            unknown = sorted(set(value) - set(MODALITIES))
+            if unknown:
+                raise ValueError(f"budget for {', '.join(map(repr, unknown))}: possible are {', '.join(MODALITIES)}")
+            return cls(**value)
+        return cls(total=value)
+
+    @property
+    def everything(self) -> bool:
+        """Whether nothing can ever be dropped."""
+        amounts = [a for a in (self.total, self.text, self.image, self.video) if a is not None]
+        return all(isinstance(a, float) and a == 1.0 for a in amounts)
+
+    def part(self, share: float) -> Budget:
+        """What of this budget falls to a part of a prompt: counts and bytes times `share`, ratios as they are."""
+        return Budget(*(_part(a, share) for a in (self.total, self.text, self.image, self.video)))
+
+    def smallest_count(self) -> int | None:
+        """The least number of tokens that is given as such, None where there is none."""
+        counts = [a for a in (self.total, self.text, self.image, self.video) if isinstance(a, int)]
+        return min(counts, default=None)
+
+    def pools(self, modality: torch.Tensor, present: torch.Tensor, bytes_per_token: float = 1.0):
+        """Which tokens compete, and how many of them may stay.
+
+        Args:
+            modality: int8 `[n]`, of the real tokens.
+            present: fp32 `[n]`, share of the KV heads that still hold each, 1 where none was dropped; ratios count these.
+            bytes_per_token: of one token over all layers, KV heads and batch elements, as it will be stored.
+
+        Returns:
+            list of (bool `[n]`, count): once for all tokens, or one modality after the other.
+        """
+        if self.total is not None:
+            every = torch.ones(modality.shape[0], dtype=torch.bool)
+            return [(every, tokens_of(self.total, float(present.sum()), bytes_per_token))]
+        out = []
+        for kind, name in enumerate(MODALITIES):
+            mine, amount = modality == kind, getattr(self, name)
+            count = float(present[mine].sum())
+            out.append((mine, round(count) if amount is None else tokens_of(amount, count, bytes_per_token)))
+        return out
+
+
+def check_amount(amount: Amount) -> None:
+    """Raise ValueError for what is no ratio, number of tokens or number of bytes."""
+    possible = "possible are a ratio in (0, 1] (a float), tokens from 1 (an int) or bytes (such as '64MiB')"
+    if isinstance(amount, bool) or not isinstance(amount, float | int | str):
+        raise ValueError(f"budget {amount!r}: {possible}")
+    if isinstance(amount, str):
+        bytes_of(amount)
+    elif isinstance(amount, int) and amount < 1:
+        raise ValueError(f"budget {amount!r} tokens: {possible}")
+    elif isinstance(amount, float) and not 0 < amount <= 1:
+        raise ValueError(f"budget {amount!r}: {possible}")
+
+
+def tokens_of(amount: Amount, count: float, bytes_per_token: float) -> int:
+    """How many of `count` tokens an amount lets stay."""
+    if isinstance(amount, float):
+        return int(amount * count + 1e-6)
+    if isinstance(amount, int):
+        return min(amount, round(count))
+    return min(int(bytes_of(amount) / bytes_per_token), round(count))
+
+
+def bytes_of(text: str | int) -> int:
+    """Bytes from a number or from text such as '64MiB' or '1.5 GB'.
+
+    Raises:
+        ValueError: neither.
+    """
+    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
+        return text
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]+)\s*", text) if isinstance(text, str) else None
+    if not found or found[2] not in UNITS or float(found[1]) <= 0:
+        raise ValueError(f"{text!r} is no number of bytes; write a number and one of {', '.join(UNITS)}: '64MiB'")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def _part(amount: Amount | None, share: float) -> Amount | None:
+    if isinstance(amount, str):
+        return f"{bytes_of(amount) * share:.0f}B"
+    return max(int(amount * share), 1) if isinstance(amount, int) else amount
