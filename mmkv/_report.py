@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mmkv.parts.storage import storage_bytes
+
 PROMPT = 32  # a forward with more new tokens than this reads a prompt; drafts of assisted decoding are shorter
 
 
@@ -17,6 +19,7 @@ class Report:
 
     Args:
         kv_bytes: resident bytes of all layers: dense tails, codes, scales, zero points, tables; spare capacity included.
+        kv_bytes_peak: the most that was held at a time so far, a layer's whole prompt before it is compressed included.
         kv_bytes_dense: bytes of all tokens seen, uncompressed, in the model's dtype.
         kv_bits: 8 * kv_bytes over the key and value elements of the tokens held.
         packed_bits: the same for packed segments alone; None where nothing is packed.
@@ -33,6 +36,7 @@ class Report:
     """
 
     kv_bytes: int = 0
+    kv_bytes_peak: int = 0
     kv_bytes_dense: int = 0
     kv_bits: float = 0.0
     packed_bits: float | None = None
@@ -62,6 +66,7 @@ class Report:
         smaller = f" ({self.ratio:.1f}x smaller than dense)" if self.ratio > 1.05 else ""
         return [
             ("KV cache, resident", size(self.kv_bytes) + smaller),
+            ("KV cache, at its peak", size(self.kv_bytes_peak)),
             ("KV cache, if dense", size(self.kv_bytes_dense)),
             ("bits, whole cache", f"{self.kv_bits:.2f} bits per element"),
             ("bits, packed part", packed),
@@ -107,12 +112,6 @@ def report(model) -> Report:
     from mmkv._wrap import session
 
     return session(model).meter.report()
-
-
-def storage_bytes(tensors) -> int:
-    """Bytes of the storages behind tensors, each counted once and whole: a view keeps all of its storage alive."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
-    return sum(storages.values())
 
 
 class Meter:
@@ -179,6 +178,7 @@ class Meter:
         packed_bytes = storage_bytes(t for layer in layers for segment in layer.packed for t in segment.tensors())
         self._numbers = dict(
             kv_bytes=total,
+            kv_bytes_peak=max(state.peak, total),
             kv_bytes_dense=dense,
             kv_bits=8 * total / held_elements if held_elements else 0.0,
             packed_bits=8 * packed_bytes / packed_elements if packed_elements else None,

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 
 from mmkv._report import Meter
+from mmkv._chunks import Pieces, check_chunk
 from mmkv.cache import NAME, Cache, CacheMethod, adopt, register, settle_jointly, state_of
 from mmkv.layout import TokenLayout
 from mmkv.models import Adapter
@@ -20,14 +21,20 @@ class Session:
         adapter: of the model.
         method: how tokens are stored, None to keep everything.
         positions: "stock" or "trained".
+        max_bytes: what the cache may hold after a forward, None for no limit.
+        prefill_chunk: tokens of a prompt that run through the decoder at a time, None for all.
     """
 
-    def __init__(self, adapter: Adapter, method: CacheMethod | None, positions: str):
+    def __init__(
+        self, adapter: Adapter, method: CacheMethod | None, positions: str, max_bytes: int | None, prefill_chunk: int | None
+    ):
         self.adapter, self.method, self.positions = adapter, method, positions
+        self.max_bytes, self.prefill_chunk = max_bytes, prefill_chunk
         self.text_config = adapter.text_config
         self.stock = self.text_config._attn_implementation
         self.meter = Meter()
         self._inputs: dict = {}  # keywords of the forward in progress
+        self._pieces: Pieces | None = None  # of a prompt that is being read in chunks
         self._hooks: list = []
 
     def attach(self) -> None:
@@ -42,6 +49,10 @@ class Session:
         self._hooks.append(model.register_forward_hook(self._after_model, always_call=True))
         self._hooks.append(text_model.register_forward_pre_hook(self._before_text, with_kwargs=True))
         self._hooks.append(text_model.register_forward_hook(self._after_text, with_kwargs=True))
+        if self.method is not None and self.method.reads_hidden:
+            post = self.method.reads_hidden == "post"
+            for module in self.adapter.attention_modules() if post else text_model.layers:
+                self._hooks.append(module.register_forward_pre_hook(self._before_layer, with_kwargs=True))
         model._mmkv = self
 
     def detach(self) -> None:
@@ -54,6 +65,14 @@ class Session:
         for module in self.adapter.attention_modules():
             module.__dict__.pop("_mmkv_stock", None)
         self.adapter.model.__dict__.pop("_mmkv", None)
+
+    def _before_layer(self, module, args, kwargs):
+        """Keep the norms of the hidden states that enter a decoder layer, or its attention."""
+        state = state_of(kwargs.get("past_key_values"))
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if state is not None and any(state.prompted):
+            index = getattr(module, "self_attn", module).layer_idx
+            state.norms[index] = torch.linalg.vector_norm(hidden.detach(), dim=-1, dtype=torch.float32)
 
     @cached_property
     def _parameters(self) -> list[str]:
@@ -73,7 +92,7 @@ class Session:
         self._refuse_unmasked(kwargs)
         cache = kwargs.get("past_key_values")
         if cache is not None:
-            adopt(cache, self.text_config, self.method)
+            adopt(cache, self.text_config, self.method, self.max_bytes)
         if self.positions == "trained":
             kwargs = self._with_trained_positions(kwargs, state_of(cache))
         self._inputs = kwargs
@@ -95,10 +114,14 @@ class Session:
             )
 
     def _after_model(self, module, args, output):
-        self._inputs = {}
+        if self._pieces is not None:
+            self._pieces.state.chunk_of = None
+        self._inputs, self._pieces = {}, None
         self.meter.stop()
 
     def _before_text(self, module, args, kwargs):
+        if self._pieces is not None:  # a chunk of a prompt, run by `Pieces`
+            return None
         embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids", args[0] if args else None)
         new = embeds if embeds is not None else ids
         use_cache = kwargs.get("use_cache")
@@ -109,10 +132,16 @@ class Session:
             if not use_cache or (module.training and torch.is_grad_enabled()):
                 return None  # nothing is cached: plain attention, as before
             cache = kwargs["past_key_values"] = Cache(self.adapter.model)
-        state = adopt(cache, self.text_config, self.method)
+        state = adopt(cache, self.text_config, self.method, self.max_bytes)
         if embeds is None and self.method is not None and self.method.reads_embeddings:
             embeds = module.get_input_embeddings()(ids)
-        state.extend(self._chunk(state, new, kwargs), embeds)
+        chunk = self._chunk(state, new, kwargs)
+        if self.prefill_chunk is not None and len(chunk) > self.prefill_chunk:
+            if ids is not None and args:
+                args, kwargs = args[1:], {**kwargs, "input_ids": ids}
+            self._pieces = Pieces(module, kwargs, chunk, self.prefill_chunk, self._inputs, state)
+            return args, self._pieces.run(embeds)
+        state.extend(chunk, embeds)
         return args, kwargs
 
     def _chunk(self, state, new: torch.Tensor, kwargs: dict) -> TokenLayout:
@@ -147,6 +176,7 @@ class Session:
             settle_jointly(kwargs["past_key_values"].layers)
             state.scratch, state.norms = {}, {}
             self.meter.read(kwargs["past_key_values"].layers, state)
+        return output if self._pieces is None else self._pieces.joined(output)
 
 
 def _valid(mask, batch: int, length: int, seen: int) -> torch.Tensor:

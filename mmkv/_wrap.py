@@ -8,22 +8,31 @@ from contextlib import contextmanager
 import torch
 
 from mmkv._presets import preset as find_preset
+from mmkv._chunks import check_chunk
 from mmkv._session import Session
 from mmkv.cache import CacheMethod, pipeline
 from mmkv.models import adapter_for
+from mmkv.parts.budget import bytes_of
 
 
-def wrap(model, preset=None, *, tokens=(), cache=(), positions="stock", max_bytes=None, graphs=False):
+def wrap(
+    model, preset=None, *, tokens=(), cache=(), positions="stock", max_bytes=None, prefill_chunk=None, graphs=False
+):
     """Make a Hugging Face model store its KV cache as the given methods say. Works in place, undone by `unwrap`.
 
     Args:
         model: a transformers model, PEFT-wrapped or not; the error for another family lists the supported ones.
         preset: a name from `mmkv.presets()`; None with no methods keeps everything, which is stock `generate` to the bit.
         tokens: vision-token methods (a later version).
-        cache: cache methods, for example `[VidKV(key_bits=1.5)]`; not together with a preset.
+        cache: cache methods in the order in which they act, for example `[SnapKV(budget=0.25), VidKV()]`: each sees what the
+            one before left. Not together with a preset.
         positions: "stock" (position ids of the installed transformers) or "trained" (the rule Qwen2-VL and Qwen2.5-VL were
             trained with: text after a video continues behind its last frame; transformers from 5.3 on differs).
-        max_bytes: budget for the cache (a later version).
+        max_bytes: the cache never holds more after a forward, however long the answer: a number of bytes, or "64MiB". Each
+            layer has an equal share; what the end of the prompt attended to least goes first.
+        prefill_chunk: tokens of a prompt that run through the decoder at a time, compressed in between, so that the peak of
+            the cache falls too; the vision tower still runs once. What a method keeps of a chunk is decided before the
+            rest of the prompt was read.
         graphs: CUDA graphs for decode steps (a later version).
 
     Returns:
@@ -38,15 +47,20 @@ def wrap(model, preset=None, *, tokens=(), cache=(), positions="stock", max_byte
         raise ValueError(f"this {type(base).__name__} is already wrapped; call mmkv.unwrap(model) first")
     if positions not in ("stock", "trained"):
         raise ValueError(f"positions {positions!r}: possible are 'stock', 'trained'")
-    for name, value in (("tokens", tokens), ("max_bytes", max_bytes), ("graphs", graphs)):
+    limit = None if max_bytes is None else bytes_of(max_bytes)
+    check_chunk(prefill_chunk)
+    for name, value in (("tokens", tokens), ("graphs", graphs)):
         if value is not None and value is not False and value != () and value != []:
             raise NotImplementedError(f"wrap({name}=...) comes with a later version of mmkv; leave it out")
     adapter = adapter_for(base)
     method = _method(preset, cache)
     if method is not None:
+        if method.next_scale:
+            raise ValueError(f"{method} is for visual autoregressive models, {type(base).__name__} is a language model")
         method.check(*adapter.head_dims())
+    if method is not None or limit is not None:
         _check_device(base)
-    session = Session(adapter, method, positions)
+    session = Session(adapter, method, positions, limit, prefill_chunk)
     try:
         session.attach()
     except BaseException:

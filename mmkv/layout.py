@@ -74,6 +74,10 @@ class TokenLayout:
         """The tokens at the given columns."""
         return self._map(None, lambda a, _: a[..., columns])
 
+    def gather(self, columns: torch.Tensor) -> TokenLayout:
+        """For each batch element its own columns, int64 `[B, n]`."""
+        return self._map(None, lambda a, _: a.gather(-1, columns.expand(*a.shape[:-1], -1)))
+
     def rows(self, index: torch.Tensor) -> TokenLayout:
         """The batch elements `index` (beam reorder, repeat, select)."""
         return self._map(None, lambda a, _: a[..., index, :])

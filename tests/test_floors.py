@@ -23,6 +23,7 @@ FLOORS = {
     "mmkv._presets": 4,
     "mmkv._report": 4,
     "mmkv._session": 4,
+    "mmkv._chunks": 4,
     "mmkv.streaming": 4,
     "mmkv.agent": 4,
     "mmkv.models": 3,

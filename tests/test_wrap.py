@@ -169,7 +169,7 @@ def test_unknown_preset_lists_all(model):
     assert "'zzzzzz' P" not in message  # sentences are kept apart
 
 
-LATER = [dict(tokens=[1]), dict(max_bytes=1000), dict(graphs=True), dict(cache=[KIVI(), VidKV()])]
+LATER = [dict(tokens=[1]), dict(graphs=True)]
 
 
 @pytest.mark.parametrize("options", LATER, ids=lambda o: next(iter(o)))

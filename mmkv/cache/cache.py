@@ -23,7 +23,7 @@ class Cache(DynamicCache):
         if session is None:
             raise ValueError(f"{type(model).__name__} is not wrapped; call mmkv.wrap(model, ...) first")
         super().__init__(config=session.text_config)
-        adopt(self, session.text_config, session.method)
+        adopt(self, session.text_config, session.method, session.max_bytes)
 
 
 def state_of(cache) -> CacheState | None:
@@ -32,7 +32,7 @@ def state_of(cache) -> CacheState | None:
     return layers[0].state if layers and isinstance(layers[0], KVLayer) else None
 
 
-def adopt(cache, text_config, method: CacheMethod | None) -> CacheState:
+def adopt(cache, text_config, method: CacheMethod | None, max_bytes: int | None = None) -> CacheState:
     """Fill an empty `DynamicCache` with our layers; the handle that the user or `generate` holds stays true.
 
     Raises:
@@ -56,7 +56,8 @@ def adopt(cache, text_config, method: CacheMethod | None) -> CacheState:
             f"a wrapped model takes an empty DynamicCache, this {name} holds {cache.get_seq_length()} tokens"
         )
     windows = compat.layer_windows(text_config)
-    state = CacheState(method, window=min((w for w in windows if w is not None), default=None), layers=len(windows))
+    window = min((w for w in windows if w is not None), default=None)
+    state = CacheState(method, window=window, layers=len(windows), max_bytes=max_bytes)
     # a cache made for rollback: told so (5.3 and later), or made without a config so that no layer slides (5.2)
     full = cache.layer_class_to_replicate is not None and any(windows)
     state.record_past = full or any(getattr(layer, "record_past", False) for layer in cache.layers)

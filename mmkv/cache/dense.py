@@ -68,15 +68,18 @@ class DenseSegment:
             q_positions=q_positions, window=window,
         )  # fmt: skip
 
-    def take(self, row: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-        """Hand over all tokens of a batch element: per KV head keys `[n, D]`, values `[n, Dv]`, positions int32 `[n]`."""
+    def of(self, row: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        """All tokens of a batch element: per KV head keys `[n, D]`, values `[n, Dv]`, positions int32 `[n]`."""
         offsets, first = self.offsets, row * self.heads
         at = [slice(offsets[r], offsets[r + 1]) for r in range(first, first + self.heads)]
-        taken = tuple([t[s].clone() for s in at] for t in (self.keys, self.values, self.positions))
+        return tuple([t[s] for s in at] for t in (self.keys, self.values, self.positions))
+
+    def take(self, row: int) -> None:
+        """Let go of all tokens of a batch element."""
+        offsets, first = self.offsets, row * self.heads
         keep = torch.ones(self.positions.shape[0], dtype=torch.bool)
         keep[offsets[first] : offsets[first + self.heads]] = False
         self.keep(keep)
-        return taken
 
     def crop(self, length: int) -> None:
         """Drop the tokens at logical positions >= length."""

@@ -60,8 +60,25 @@ class Eviction(CacheMethod):
             return
         score = plan.available(self.score(fill), fill)
         stay = torch.zeros_like(plan.keep)
-        for mine, count in self.budget.part(fill.share).pools(fill.modality, plan.present(fill), fill.bytes_per_token):
-            newest = int(mine[fill.old :].sum())  # they stay anyway, and count
-            here = mine[: fill.old].to(score.device)
-            stay |= self.choose(score.masked_fill(~here, -torch.inf), self.count(count, fill) - newest, fill)
+        for mine, count in self.allowances(fill, plan):
+            stay |= self.choose(score.masked_fill(~mine.to(score.device), -torch.inf), count, fill)
         plan.drop(stay, fill)
+
+    def allowances(self, fill: Fill, plan: Plan) -> list[tuple[torch.Tensor, int]]:
+        """Which old tokens compete, bool `[old]` (`[Hkv, old]` where tokens are recalled), and how many of them may stay.
+
+        The newest tokens stay anyway, and count. Of a prompt in chunks, each chunk gets what its old tokens are of all.
+        """
+        present, newest = plan.present(fill), fill.length - fill.old
+        pools = self.budget.pools(fill.modality, present, fill.bytes_per_token)
+        if fill.prompt is None:
+            kept = [int(mine[..., fill.old :].float().sum(-1).mean()) for mine, _ in pools]
+            return [(mine[..., : fill.old], self.count(n, fill) - k) for (mine, n), k in zip(pools, kept)]
+        whole = self.budget.pools(fill.prompt, torch.ones(len(fill.prompt)), fill.bytes_per_token)
+        out = []
+        for (mine, _), (theirs, n) in zip(pools, whole):
+            here = mine[..., : fill.old]
+            last = int(theirs[-newest:].sum()) if newest else 0
+            share = float((present[..., : fill.old] * here).sum(-1).mean()) / max(int(theirs.sum()) - last, 1)
+            out.append((here, round((self.count(n, fill) - last) * share)))
+        return out

@@ -10,6 +10,8 @@ import torch
 from mmkv.kernels import Mass, probe
 from mmkv.layout import TokenLayout
 
+TILE_MASK = 1 << 24  # places of the mask over (probe rows, tokens) that exist at a time
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -35,18 +37,23 @@ class Fill:
     Args:
         layer, layers: index of the layer, and how many there are.
         columns: int64 `[n]` on the CPU, logical positions of the real tokens, ascending; padding is not among them.
-            Int64 `[Hkv, n]` where heads hold different ones (a decode-time choice among stored tokens).
+            Where the method `recalls`, `[Hkv, n]`: first what each head holds already, -1 in places without a token.
         old: how many have left the residual window; those behind them stay whatever is decided, and count as kept.
         fresh: index of the first token that this forward brought.
         keys, values: `[Hkv, n, D]`.
         query: `[Hq, n - fresh, D]` of the fresh tokens, None where no attention ran.
         scale, softcap, causal: of the attention.
         layout: of the n tokens, a batch of one.
-        protected: bool `[old]`, tokens that no method may drop (attention sinks).
+        protected: bool `[old]` or `[Hkv, old]`, tokens that no method may drop (attention sinks).
+        present: bool `[Hkv, old]` on the keys' device, places that hold a token; None where all do.
+        recalled: how many of the old places are for tokens that the heads hold already.
+        boundary: logical position of the first token that stays in the tail.
+        seen: real tokens that this decision is about: all that ever came while none of them is packed, else n.
         bytes_per_token: of one token over all layers, KV heads and batch elements as it will be stored.
-        norms: fp32 `[n]`, norm of each token's hidden state as `CacheMethod.reads_hidden` asked; NaN for older tokens.
+        norms: fp32 `[n]` on the CPU, norm of each token's hidden state as `CacheMethod.reads_hidden` asked; NaN for older tokens.
         scores: fp32 `[Hkv, n]`, attention mass accumulated so far where the method `accumulates`.
-        share: how much of its prompt this is: below 1 where the prompt comes in chunks.
+        prompt: int8 `[L]`, modality of the real tokens of the whole prompt where it comes in chunks, None elsewhere; the newest
+            tokens of this chunk are then decided upon with the next one.
         decoding: whether decoded tokens have left the window, in place of a prompt that came.
     """
 
@@ -63,10 +70,14 @@ class Fill:
     scale: float = 1.0
     softcap: float | None = None
     causal: bool = True
+    present: torch.Tensor | None = None
+    recalled: int = 0
+    boundary: int = 0
+    seen: int = 0
     bytes_per_token: float = 1.0
     norms: torch.Tensor | None = None
     scores: torch.Tensor | None = None
-    share: float = 1.0
+    prompt: torch.Tensor | None = None
     decoding: bool = False
 
     @property
@@ -81,29 +92,43 @@ class Fill:
 
     @cached_property
     def modality(self) -> torch.Tensor:
-        """int8 `[n]`."""
-        return self.layout.modality[0]
+        """int8 `[n]`, `[Hkv, n]` where tokens are recalled."""
+        return self.layout.modality if self.recalled else self.layout.modality[0]
 
     def queries(self, rows: torch.Tensor) -> torch.Tensor:
         """`[Hq, P, D]` of the tokens at indices `rows` int64 `[P]`, all of them fresh."""
         return self.query[:, (rows - self.fresh).to(self.query.device)]
 
     def mass(self, rows: torch.Tensor) -> Mass:
-        """Attention of probe rows over the n dense tokens: `sum` and `max` `[Hq, n]`, `count` int32 `[n]` of rows that see each.
+        """Attention of probe rows over the n dense tokens: `sum` and `max` `[Hq, n]`, `count` int32 of rows that see each,
+        `[n]`, or `[Hq, n]` where tokens are recalled.
 
         Args:
             rows: int64 `[P]`, indices of fresh tokens.
         """
-        device = self.keys.device
-        mask = None
-        if self.causal:
-            mask = torch.arange(self.length, device=device) <= rows.to(device)[:, None]
+        parts = [self._mass(some) for some in rows.split(max(1, TILE_MASK // max(self.length, 1)))]
+        total, top, count = parts[0]
+        for part in parts[1:]:
+            total, top, count = total + part.sum, torch.maximum(top, part.max), count + part.count
+        return Mass(total, top, count)
+
+    def _mass(self, rows: torch.Tensor) -> Mass:
+        """The same of so few rows that their mask may exist."""
         found = probe(
-            self.queries(rows)[None], self.keys[None], scale=self.scale, softcap=self.softcap,
-            mask=None if mask is None else mask[None, None],
+            self.queries(rows)[None], self.keys[None], scale=self.scale, softcap=self.softcap, mask=self._mask(rows)
         )  # fmt: skip
-        count = found.count[0, 0].expand(self.length)
-        return Mass(found.sum[0], found.max[0], count)
+        count = found.count[0].expand(-1, self.length)
+        return Mass(found.sum[0], found.max[0], count[0] if len(count) == 1 else count)
+
+    def _mask(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """bool `[1, 1 or Hq, P, n]`: the keys that each probe row sees; None for all."""
+        device = self.keys.device
+        mask = torch.arange(self.length, device=device) <= rows.to(device)[:, None] if self.causal else None
+        if self.present is not None:
+            held = torch.nn.functional.pad(self.present, (0, self.length - self.old), value=True)[:, None]
+            mask = held if mask is None else held & mask
+            return mask.expand(-1, len(rows), -1).repeat_interleave(len(self.query) // self.heads, 0)[None]
+        return None if mask is None else mask[None, None]
 
 
 @dataclass(eq=False)
@@ -128,8 +153,9 @@ class Plan:
     def everything(cls, fill: Fill, form: torch.Tensor) -> Plan:
         """Keep all, in the formats int8 `[old]` that the marks say."""
         device, old = fill.keys.device, fill.old
+        every = torch.ones(fill.heads, old, dtype=torch.bool, device=device)
         return cls(
-            keep=torch.ones(fill.heads, old, dtype=torch.bool, device=device),
+            keep=every if fill.present is None else fill.present.clone(),
             form=form.to(device).expand(fill.heads, old).clone(),
             keys=fill.keys[:, :old],
             values=fill.values[:, :old],
@@ -141,8 +167,11 @@ class Plan:
         self.keep = self.keep & (stay | fill.protected.to(stay.device))
 
     def present(self, fill: Fill) -> torch.Tensor:
-        """fp32 `[n]` on the CPU: share of the heads that still hold each token; the newest are held by all."""
-        return torch.nn.functional.pad(self.keep.float().mean(0).cpu(), (0, fill.length - fill.old), value=1.0)
+        """fp32 `[n]` on the CPU: share of the heads that still hold each token; the newest are held by all. Fp32 `[Hkv, n]`
+        where tokens are recalled.
+        """
+        held = self.keep.float().cpu()
+        return torch.nn.functional.pad(held if fill.recalled else held.mean(0), (0, fill.length - fill.old), value=1.0)
 
     def available(self, score: torch.Tensor, fill: Fill) -> torch.Tensor:
         """Scores `[Hkv, old]` in which dropped tokens are -inf and protected ones +inf, ready to choose the best from."""
@@ -151,5 +180,5 @@ class Plan:
 
     @property
     def changed(self) -> bool:
-        """Whether heads or formats differ from storing everything as the marks say."""
-        return self.split_formats or bool(self.summaries) or not bool(self.keep.all())
+        """Whether heads or formats may differ from storing everything as the marks say."""
+        return self.split_formats or bool(self.summaries)

@@ -2,7 +2,7 @@
 
 A key format may sort a head's channels into classes of different bits, and put a class into another orthonormal basis
 first. Both are applied to the query instead of being undone on the keys: a permutation and an orthonormal change of
-basis leave q.k as it is. Values are mapped back once, on the output.
+basis leave q.k as it is. Values are mapped back once, on the output. So are factors that even channels out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from functools import cache
 import torch
 
 from mmkv.kernels import Spec, hadamard, pack_blocks, real_fft
+from mmkv.kernels.pack import FP16_MAX
 from mmkv.kernels.spec import Code
+
+MOST_BALANCE = 256.0  # sqrt(FP16_MAX); a channel that was silent when its segment opened may still speak up later
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class Side:
         rank: statistic over the tokens that orders the channels: "none", "range" (max - min) or "std".
         joint_rank: one order for all KV heads of a layer (VidKV), else one per head.
         basis: "none" or "hadamard" (random-sign Hadamard rotation of the head's channels).
+        balance: a factor per channel that evens channels out, taken from the tokens that open a segment. They are stored divided
+            by it; the query (keys) or the output (values) is multiplied. "none", "sqrt_max" (sqrt(max |x|), ZipCache's
+            channel-separable tokenwise quantizer, arXiv 2405.14256) or, for keys, "query_key" (sqrt(max |k| / max |q|), MiKV's
+            balancer, arXiv 2402.18096; as "sqrt_max" where no query is known).
         channel_group: with axis "token", channels that share a scale; 0 for the whole head.
         scale_bits: 16 (fp16) or 8 (logarithmic bytes).
     """
@@ -55,8 +62,11 @@ class Side:
     basis: str = "none"
     channel_group: int = 0
     scale_bits: int = 16
+    balance: str = "none"
 
     def __post_init__(self):
+        if self.balance not in ("none", "sqrt_max", "query_key"):
+            raise ValueError(f"balance {self.balance!r}: possible are 'none', 'sqrt_max', 'query_key' (keys alone)")
         if self.scale_bits not in (8, 16):
             raise ValueError(f"scale_bits {self.scale_bits!r}: possible are 8, 16")
         if not isinstance(self.channel_group, int) or self.channel_group < 0:
@@ -97,6 +107,8 @@ class PackFormat:
     def __post_init__(self):
         if not isinstance(self.group, int) or not 8 <= self.group <= 4096:
             raise ValueError(f"group {self.group!r}: possible are 8 to 4096 tokens")
+        if self.values.balance == "query_key":
+            raise ValueError("balance 'query_key' is for keys; for values there are 'none', 'sqrt_max'")
 
     def check(self, head_dim: int, value_dim: int) -> None:
         """Raise ValueError where a head of this size cannot be stored in this format."""
@@ -115,7 +127,7 @@ def _basis(make: Callable[[int], torch.Tensor], channels: int, device: torch.dev
 
 
 class Packer:
-    """A `PackFormat` at work in one layer: knows the channel order of each (batch element, KV head).
+    """A `PackFormat` at work in one layer: knows channel order and balance of each (batch element, KV head).
 
     Args:
         form: the format.
@@ -133,12 +145,34 @@ class Packer:
             identity = torch.arange(head_dim, dtype=torch.int16, device=device)
             rows = 1 if form.keys.joint_rank else heads
             self.order = identity.expand(batch, rows, -1).clone()  # [B, 1 or Hkv, D]
+        self.key_balance = self.value_balance = None  # fp32 [B, Hkv, D]
+        if form.keys.balance != "none":
+            self.key_balance = torch.ones(batch, heads, head_dim, device=device)
+        if form.values.balance != "none":
+            self.value_balance = torch.ones(batch, heads, value_dim, device=device)
 
-    def fit(self, row: int, keys: torch.Tensor) -> None:
-        """Rank the key channels of batch element `row` by its valid keys `[Hkv, T, D]`."""
+    def fit(
+        self, row: int, keys: torch.Tensor, values: torch.Tensor | None = None, queries: torch.Tensor | None = None
+    ) -> None:
+        """Balance and rank the channels of batch element `row` by the valid tokens that open its segment.
+
+        Args:
+            keys: `[Hkv, T, D]`.
+            values: `[Hkv, T, Dv]`; None leaves them unbalanced.
+            queries: `[Hq, Tq, D]`, None where none are known.
+        """
+        if self.value_balance is not None and values is not None:
+            self.value_balance[row] = _evening(_peak(values))
+        if self.key_balance is not None:
+            asked = None
+            if self.form.keys.balance == "query_key" and queries is not None and queries.shape[1]:
+                asked = _peak(queries).unflatten(0, (self.heads, -1)).amax(1)
+            self.key_balance[row] = _evening(_peak(keys), asked)
         if self.order is None:
             return
         keys = keys.float()
+        if self.key_balance is not None:
+            keys = keys / self.key_balance[row][:, None]
         if self.form.keys.rank == "range":
             low, high = keys.amin(1), keys.amax(1)  # [Hkv, D]
             spread = high.amax(0, keepdim=True) - low.amin(0, keepdim=True) if self.form.keys.joint_rank else high - low
@@ -153,8 +187,10 @@ class Packer:
 
     def rows(self, index: torch.Tensor) -> None:
         """Reorder, repeat or select batch elements."""
-        if self.order is not None:
-            self.order = self.order[index.to(self.order.device)]
+        held = (self.order, self.key_balance, self.value_balance)
+        self.order, self.key_balance, self.value_balance = (
+            None if t is None else t[index.to(t.device)] for t in held
+        )  # fmt: skip
 
     def pack(self, row: int, keys: torch.Tensor, values: torch.Tensor, heads: torch.Tensor, count: torch.Tensor):
         """Pack blocks of batch element `row`.
@@ -168,11 +204,14 @@ class Packer:
             `Blocks` of the keys and of the values, N each.
         """
         return (
-            pack_blocks(self._to_stored(keys, row, heads), count, self.key_spec),
-            pack_blocks(self._values_to_stored(values), count, self.value_spec),
+            pack_blocks(self.stored_keys(keys, row, heads), count, self.key_spec),
+            pack_blocks(self.stored_values(values, row, heads), count, self.value_spec),
         )
 
-    def _to_stored(self, x: torch.Tensor, row: int, heads: torch.Tensor) -> torch.Tensor:
+    def stored_keys(self, x: torch.Tensor, row: int, heads: torch.Tensor) -> torch.Tensor:
+        """Keys `[N, group, D]` of the heads int64 `[N]`, as they are quantized."""
+        if self.key_balance is not None:
+            x = x.float() / self.key_balance[row, heads][:, None]
         if self.order is not None:
             order = self.order[row].long()  # [1 or Hkv, D]
             order = order.expand(len(heads), -1) if order.shape[0] == 1 else order[heads]
@@ -180,7 +219,9 @@ class Packer:
         return self._key_basis(x)
 
     def query(self, q: torch.Tensor) -> torch.Tensor:
-        """Queries `[B, Hq, Tq, D]` in the channel order and basis of the stored keys (fp32 where a basis is changed)."""
+        """Queries `[B, Hq, Tq, D]` in the channels of the stored keys (fp32 where more than their order is changed)."""
+        if self.key_balance is not None:
+            q = q.float() * _by_query_head(self.key_balance, q.shape[1])
         if self.order is not None:
             order = self.order.long()
             if order.shape[1] != 1:
@@ -189,12 +230,17 @@ class Packer:
         return self._key_basis(q)
 
     def output(self, out: torch.Tensor) -> torch.Tensor:
-        """Attention output `[..., Dv]` (fp32) back in the model's channels."""
+        """Attention output fp32 `[B, Hq, Tq, Dv]` back in the model's channels."""
         if self.form.values.basis == "hadamard":
-            return out @ _basis(hadamard, out.shape[-1], out.device)
+            out = out @ _basis(hadamard, out.shape[-1], out.device)
+        if self.value_balance is not None:
+            out = out * _by_query_head(self.value_balance, out.shape[1])
         return out
 
-    def _values_to_stored(self, x: torch.Tensor) -> torch.Tensor:
+    def stored_values(self, x: torch.Tensor, row: int, heads: torch.Tensor) -> torch.Tensor:
+        """Values `[N, group, Dv]` of the heads int64 `[N]`, as they are quantized."""
+        if self.value_balance is not None:
+            x = x.float() / self.value_balance[row, heads][:, None]
         if self.form.values.basis == "hadamard":
             return x.float() @ _basis(hadamard, x.shape[-1], x.device).T
         return x
@@ -215,5 +261,26 @@ class Packer:
         )
 
     def tensors(self) -> list[torch.Tensor]:
-        """The index tensors it holds, for the count of bytes."""
-        return [] if self.order is None else [self.order]
+        """Channel orders and balances that it holds, for the count of bytes."""
+        return [t for t in (self.order, self.key_balance, self.value_balance) if t is not None]
+
+
+def _by_query_head(balance: torch.Tensor, query_heads: int) -> torch.Tensor:
+    """`[B, Hkv, D]` as `[B, Hq, 1, D]`."""
+    return balance.repeat_interleave(query_heads // balance.shape[1], dim=1)[:, :, None]
+
+
+def _peak(x: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of each channel over the tokens, fp32 `[H, D]` of `[H, T, D]`.
+
+    Numbers that fp16 cannot hold count as nothing: one of them would flatten its channel for every other token.
+    """
+    size = x.abs()
+    return size.masked_fill(~(size <= FP16_MAX), 0.0).amax(1).float()
+
+
+def _evening(peak: torch.Tensor, against: torch.Tensor | None = None) -> torch.Tensor:
+    """sqrt(peak / against), or sqrt(peak), within what later tokens survive; 1 where a channel is all zeros."""
+    against = torch.ones_like(peak) if against is None else against
+    factor = (peak / against.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+    return torch.where((peak > 0) & (against > 0), factor.clamp(1 / MOST_BALANCE, MOST_BALANCE), 1.0)

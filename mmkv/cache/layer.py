@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from mmkv import compat
+from mmkv.cache.cap import fit
 from mmkv.cache.dense import DenseSegment
 from mmkv.cache.fill import Asked, Fill, Plan
-from mmkv.cache.formats import Packer
 from mmkv.cache.method import DENSE, split
 from mmkv.cache.segment import PackedSegment
 from mmkv.cache.state import CacheState
 from mmkv.cache.summary import SummarySegment
 from mmkv.cache.view import View
+from mmkv.parts.probe_rows import everything, recent
+from mmkv.parts.saliency import per_kv_head
+from mmkv.parts.storage import storage_bytes
 
 
 class KVLayer(CacheLayerMixin):
@@ -78,6 +83,8 @@ class KVLayer(CacheLayerMixin):
         self.values = torch.cat([self.values, value_states], dim=2) if self.values.shape[2] else value_states
         self.seen, self.new = self.seen + new, new
         self._pending = True
+        if any(self.state.prompted):
+            self.state.count(self.index, storage_bytes(self.tensors()))
         view = View(self, new)
         return view, view
 
@@ -91,8 +98,11 @@ class KVLayer(CacheLayerMixin):
         if not self._pending:
             return
         method = self.state.method
-        if method is not None and method.accumulates and asked is not None and self.window is None:
-            self._accumulate(asked)
+        if asked is not None and self.window is None:
+            if method is not None and method.accumulates:
+                self._accumulate(asked, everything)
+            elif self.state.max_bytes is not None and any(self.state.prompted):
+                self._accumulate(asked, recent)  # so that what the prompt's end looks at least can go first
         if (
             method is not None
             and method.joint
@@ -112,10 +122,21 @@ class KVLayer(CacheLayerMixin):
             self._pack(asked)
         if self.window is not None and not self.state.record_past:
             self._slide()
+        if self.state.max_bytes is not None:
+            fit(self, self.state.max_bytes / self.state.layers)
+        if any(self.state.prompted):
+            self.state.count(self.index, storage_bytes(self.tensors()))
 
-    def fill(self, row: int, asked: Asked | None, decoding: bool = False) -> Fill | None:
-        """What a method is told about batch element `row`, None where nothing has left the residual window."""
-        state, residual = self.state, self.state.method.residual_window
+    def fill(self, row: int, asked: Asked | None, decoding: bool = False, residual: int | None = None) -> Fill | None:
+        """What a method is told about batch element `row`, None where nothing has left the residual window.
+
+        Args:
+            asked: the attention that has just run.
+            decoding: as `Fill.decoding`.
+            residual: newest tokens that are not decided upon; the method's where None.
+        """
+        state, method = self.state, self.state.method
+        residual = method.residual_window if residual is None else residual
         valid = state.layout.valid[row]
         first = max(self.packed_to[row], self.start)
         columns = valid[first : self.seen].nonzero()[:, 0] + first
@@ -132,27 +153,101 @@ class KVLayer(CacheLayerMixin):
         norms = None
         if self.index in state.norms:
             norms = torch.cat([torch.full((fresh,), torch.nan), state.norms[self.index][row, newest].float().cpu()])
-        keys = self.keys[row, :, at]
-        return Fill(
+        fill = Fill(
             layer=self.index,
             layers=state.layers,
             columns=columns,
             old=old,
             fresh=fresh,
-            keys=keys,
+            keys=self.keys[row, :, at],
             values=self.values[row, :, at],
             query=query,
             layout=state.layout.rows(torch.tensor([row])).take(columns),
             protected=torch.zeros(old, dtype=torch.bool) if marks is None else marks == DENSE,
+            boundary=int(columns[old]) if old < columns.numel() else self.seen,
+            seen=columns.numel() if any(s.tokens[row] for s in self.packed) else int(valid[: self.seen].sum()),
             scale=1.0 if asked is None else asked.scale,
             softcap=None if asked is None else asked.softcap,
             causal=asked is None or asked.causal,
             bytes_per_token=self._bytes_per_token(),
             norms=norms,
-            scores=None if self.scores is None else self.scores[row][:, columns.to(self.scores.device)],
-            share=(columns.numel() - fresh) / state.chunk_of if state.chunk_of else 1.0,
+            prompt=None if state.chunk_of is None else state.chunk_of.modality[row, state.chunk_of.valid[row]],
             decoding=decoding,
         )
+        if method is not None and method.recalls:
+            fill = self._recall(row, fill)
+        if self.scores is not None and self.scores.shape[2] == self.seen:
+            at = fill.columns.clamp(min=0).expand(fill.heads, -1).to(self.scores.device)
+            fill.scores = self.scores[row].gather(1, at)
+        return fill
+
+    def attending(self, asked: Asked) -> list[torch.Tensor] | None:
+        """Sparse prefill: of each batch element, the logical positions int64 that attend and are attended to; None for all.
+
+        Only where a prompt came, all that is held is dense, and the method wants it for every batch element.
+        """
+        method = self.state.method
+        if method is None or not method.decides or self.window is not None or not all(self.state.prompted):
+            return None
+        chosen = []
+        for row in range(self.keys.shape[0]):
+            fill = self.fill(row, asked)
+            found = None if fill is None or fill.fresh else method.attends(fill)
+            if found is None:
+                return None
+            chosen.append(fill.columns[found.cpu()])
+        return chosen
+
+    def _recall(self, row: int, fill: Fill) -> Fill:
+        """Put the tokens that each head stores dense in front of those of the tail."""
+        stored = next((s for s in self.segments if isinstance(s, DenseSegment) and s.tokens[row]), None)
+        if stored is None:
+            return fill
+        keys, values, positions = stored.of(row)
+        most = max(len(p) for p in positions)
+        pad = lambda parts, value=0: torch.stack(  # noqa: E731
+            [torch.nn.functional.pad(p, (0, 0) * (p.dim() - 1) + (0, most - len(p)), value=value) for p in parts]
+        )
+        before = pad(positions, -1).long()
+        columns = torch.cat([before, fill.columns.expand(fill.heads, -1)], 1)
+        layout = self.state.layout.rows(torch.full((fill.heads,), row))
+        protected = fill.protected.expand(fill.heads, -1)
+        if self.state.marks is not None:
+            protected = torch.cat([(self.state.marks[row][before.clamp(min=0)] == DENSE) & (before >= 0), protected], 1)
+        else:
+            protected = torch.nn.functional.pad(protected, (most, 0))
+        return replace(
+            fill,
+            columns=columns,
+            old=fill.old + most,
+            fresh=fill.fresh + most,
+            keys=torch.cat([pad(keys), fill.keys], 1),
+            values=torch.cat([pad(values), fill.values], 1),
+            layout=layout.gather(columns.clamp(min=0)),
+            protected=protected,
+            present=torch.nn.functional.pad(before >= 0, (0, fill.old), value=True).to(self.device),
+            recalled=most,
+            norms=None if fill.norms is None else torch.nn.functional.pad(fill.norms, (most, 0), value=torch.nan),
+        )
+
+    def _accumulate(self, asked: Asked, which) -> None:
+        """Add the attention of new tokens to each key's mass.
+
+        Args:
+            which: `everything` or `recent` of `mmkv.parts.probe_rows`.
+        """
+        batch, heads = self.keys.shape[:2]
+        if self.scores is None:
+            self.scores = torch.zeros(batch, heads, 0, device=self.device)
+        self.scores = torch.nn.functional.pad(self.scores, (0, self.seen - self.scores.shape[2]))
+        for row in range(batch):
+            fill = self.fill(row, asked, residual=0)
+            if fill is None:  # padding alone
+                continue
+            rows = which(fill.length, first=fill.fresh)
+            mass = per_kv_head(fill.mass(rows).sum, heads)
+            at = fill.columns.clamp(min=0).expand(heads, -1).to(self.device)  # what is not there has no mass
+            self.scores[row].scatter_add_(1, at, mass)
 
     def _bytes_per_token(self) -> float:
         """Of one token over all layers, KV heads and batch elements, in the main format."""
@@ -170,14 +265,14 @@ class KVLayer(CacheLayerMixin):
         if not self.state.forms:
             form = torch.full_like(form, DENSE)
         elif marks is not None:
-            form = marks[row, fill.columns[: fill.old]]
+            form = marks[row, fill.columns[..., : fill.old].clamp(min=0)]
         return Plan.everything(fill, form)
 
     def _pack(self, asked: Asked | None) -> None:
         for row in range(len(self.packed_to)):
             if not self._decided(row, asked):
                 self._flush(row)
-        self._trim(min(self.packed_to))
+        self.trim(min(self.packed_to))
 
     def _decided(self, row: int, asked: Asked | None) -> bool:
         """Let the method decide, where a prompt came or enough tokens were decoded; False where it changed nothing."""
@@ -201,20 +296,23 @@ class KVLayer(CacheLayerMixin):
 
     def apply(self, row: int, fill: Fill, plan: Plan) -> bool:
         """Store a batch element's old tokens as planned; False where the plan is to keep everything as the marks say."""
-        columns = fill.columns[: fill.old]
-        kept = bool(plan.keep.all())
-        if not plan.changed or (kept and not plan.summaries and bool((plan.form == DENSE).all())):
+        columns = fill.columns[..., : fill.old]
+        kept = bool(plan.keep.all() if fill.present is None else plan.keep.equal(fill.present))
+        as_marked = not plan.split_formats or bool((plan.form == DENSE).all())
+        if kept and not plan.summaries and as_marked:
             return False
+        if fill.recalled:
+            self.dense_segment().take(row)
         for role in (DENSE, *range(len(self.state.forms))):
             mask = plan.keep & (plan.form == role)
             if bool(mask.any()):
-                segment = self._dense_segment() if role == DENSE else self._segment(row, role, plan.keys)
+                segment = self.dense_segment() if role == DENSE else self._segment(row, role, plan.keys)
                 if role != DENSE and not segment.tokens[row]:
-                    segment.packer.fit(row, plan.keys)
+                    segment.packer.fit(row, plan.keys, plan.values, fill.query)
                 segment.append(row, plan.keys, plan.values, columns, mask)
         for summary in plan.summaries:
             self._summary_segment().append(row, *summary)
-        self.packed_to[row] = int(fill.columns[fill.old]) if fill.old < fill.length else self.seen
+        self.packed_to[row] = fill.boundary
         if not kept:
             self.evicted_to[row] = self.packed_to[row]
         return True
@@ -223,6 +321,8 @@ class KVLayer(CacheLayerMixin):
         """Store whole groups that have left the residual window, as the marks say."""
         forms, residual = self.state.forms, self.state.method.residual_window
         if not forms or self.keys.shape[2] < residual + forms[0].group:
+            return
+        if not self.state.method.packs_undecided(self.window is not None):
             return
         first = max(self.packed_to[row], self.start)
         held = self.state.layout.valid[row, first : self.seen].nonzero()[:, 0] + first
@@ -243,14 +343,14 @@ class KVLayer(CacheLayerMixin):
             at = slice(int(columns[0]) - self.start, int(columns[-1]) + 1 - self.start)
         keys, values = self.keys[row, :, at], self.values[row, :, at]
         if role == DENSE:
-            self._dense_segment().append(row, keys, values, columns)
+            self.dense_segment().append(row, keys, values, columns)
             return
         # new media shape the segment they open; old tokens that had waited in the tail do not
         recent = int((columns < self.seen - self.new).sum())
         typical = keys[:, recent:] if columns.numel() - recent >= self.state.forms[role].group else keys
         segment = self._segment(row, role, typical)
         if not segment.tokens[row]:
-            segment.packer.fit(row, typical)
+            segment.packer.fit(row, typical, values[:, values.shape[1] - typical.shape[1] :])
         segment.append(row, keys, values, columns)
 
     @property
@@ -258,7 +358,7 @@ class KVLayer(CacheLayerMixin):
         """The segments that hold codes."""
         return [segment for segment in self.segments if isinstance(segment, PackedSegment)]
 
-    def _dense_segment(self) -> DenseSegment:
+    def dense_segment(self) -> DenseSegment:
         for segment in self.segments:
             if isinstance(segment, DenseSegment):
                 return segment
@@ -284,12 +384,13 @@ class KVLayer(CacheLayerMixin):
             if segment.role == role and segment.packer.form == form and not segment.tokens[row]:
                 return segment
         batch, heads = self.keys.shape[0], self.keys.shape[1]
-        packer = Packer(form, batch, heads, self.keys.shape[-1], self.values.shape[-1], self.device)
-        made = PackedSegment(packer, role, batch, self.device)
+        kind = self.state.method.segment_class
+        packer = kind.packer_class(form, batch, heads, self.keys.shape[-1], self.values.shape[-1], self.device)
+        made = kind(packer, role, batch, self.device)
         self.segments.append(made)
         return made
 
-    def _trim(self, start: int) -> None:
+    def trim(self, start: int) -> None:
         """Free the tail's tokens before a logical position."""
         if start > self.start:
             # clone, or the view would keep the whole prompt alive

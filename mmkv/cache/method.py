@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from mmkv.cache.formats import PackFormat
+from mmkv.cache.segment import PackedSegment
 
 if TYPE_CHECKING:
     from mmkv.cache.fill import Fill, Plan
@@ -37,7 +38,10 @@ class CacheMethod:
     accumulates: ClassVar[bool] = (
         False  # whether `decide` wants `Fill.scores`: attention mass summed over all rows so far
     )
+    recalls: ClassVar[bool] = False  # whether `decide` chooses anew among the tokens that are stored dense, too
+    next_scale: ClassVar[bool] = False  # whether it is for visual autoregressive models alone, where a forward is a scale
     joint: ClassVar[bool] = False  # whether all layers are decided upon together, when the forward ends
+    segment_class: ClassVar[type[PackedSegment]] = PackedSegment  # what holds the tokens it stores
 
     def __post_init__(self) -> None:
         check_residual(self.residual_window, self.least_residual)
@@ -61,6 +65,13 @@ class CacheMethod:
     def interval(self) -> int | None:
         """Decoded tokens after which `decide` is called again (`Fill.decoding`); None: prompts alone are decided upon."""
         return None
+
+    def packs_undecided(self, sliding: bool) -> bool:
+        """Whether tokens that `decide` does not place are packed in the main format, group by group; else they stay dense.
+
+        Those are decoded tokens where there is no `interval`, and where the layer is `sliding` (has a window) all of them.
+        """
+        return True
 
     def check(self, head_dim: int, value_dim: int) -> None:
         """Raise ValueError where a model's heads do not fit."""
@@ -96,6 +107,10 @@ class CacheMethod:
         Returns:
             int8 `[B, T]`: index into `formats()` for each token or `DENSE`; None for the main format throughout.
         """
+        return None
+
+    def attends(self, fill: Fill) -> torch.Tensor | None:
+        """Sparse prefill: bool `[n]`, the tokens that attend and are attended to in this layer; None for all of them."""
         return None
 
     def decide(self, fill: Fill, plan: Plan) -> None:

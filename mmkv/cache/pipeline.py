@@ -9,6 +9,7 @@ import torch
 from mmkv.cache.fill import Fill, Plan
 from mmkv.cache.formats import PackFormat
 from mmkv.cache.method import CacheMethod
+from mmkv.cache.segment import PackedSegment
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,21 @@ class Pipeline(CacheMethod):
         return any(method.accumulates for method in self.methods)
 
     @property
+    def recalls(self) -> bool:
+        return any(method.recalls for method in self.methods)
+
+    @property
+    def next_scale(self) -> bool:
+        return any(method.next_scale for method in self.methods)
+
+    @property
+    def segment_class(self) -> type[PackedSegment]:
+        return self.methods[-1].segment_class
+
+    def packs_undecided(self, sliding: bool) -> bool:
+        return self.methods[-1].packs_undecided(sliding)
+
+    @property
     def joint(self) -> bool:
         return any(method.joint for method in self.methods)
 
@@ -105,6 +121,10 @@ class Pipeline(CacheMethod):
             if mine is not None:
                 marks = mine if marks is None else torch.where(marks != 0, marks, mine)
         return marks
+
+    def attends(self, fill: Fill) -> torch.Tensor | None:
+        found = [m.attends(fill) for m in self.methods]
+        return next((f for f in found if f is not None), None)
 
     def decide(self, fill: Fill, plan: Plan) -> None:
         for method in self.methods:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from mmkv.cache.formats import Packer
@@ -17,6 +19,8 @@ class PackedSegment:
     stored. Heads may hold different tokens and different numbers of them. Tokens carry their logical position in the
     sequence: a block's first one where its tokens are contiguous, else all of them (`positions`).
     """
+
+    packer_class: ClassVar[type[Packer]] = Packer  # what makes its blocks
 
     def __init__(self, packer: Packer, role: int, batch: int, device):
         self.role = role  # index of its format among the method's
@@ -78,7 +82,7 @@ class PackedSegment:
             counts, heads: int64 `[N]` on the CPU, tokens and KV head of each.
             at: int64 `[N, group]`, positions of their tokens; `[1, slots, group]` where all heads hold the same.
         """
-        device, group = self.block.device, self.packer.form.group
+        device = self.block.device
         shared = at.dim() == 3
         rows = row * self.heads + heads
         used = (self.count[row * self.heads : (row + 1) * self.heads] > 0).sum(1).cpu()
@@ -174,6 +178,20 @@ class PackedSegment:
         self.count = torch.where(last < position, torch.zeros_like(self.count), self.count)
         self._compact()
 
+    def drop(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
+        """Drop whole blocks, int64 `[N]` table rows and slots, and free them at once."""
+        if self.positions is not None:
+            self._scatter(apart=True)
+        self.count[rows.to(self.count.device), slots.to(self.count.device)] = 0
+        self._compact(unused=0.0)
+
+    def positions_of(self, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Logical positions int64 `[N, group]` of blocks; past a block's count they mean nothing."""
+        rows, slots = rows.to(self.start.device), slots.to(self.start.device)
+        if self.positions is not None:
+            return self._by_row()[rows, slots].long()
+        return self.start[rows, slots].long()[:, None] + torch.arange(self.packer.form.group, device=self.start.device)
+
     def _last_positions(self) -> torch.Tensor:
         last = (self.count.long() - 1).clamp(min=0)
         return self._by_row().gather(-1, last[..., None])[..., 0]
@@ -191,8 +209,8 @@ class PackedSegment:
         self.batch = index.numel()
         self._compact()
 
-    def _compact(self) -> None:
-        """Free table columns that no row uses, and blocks once a quarter of them is unused."""
+    def _compact(self, unused: float = 0.25) -> None:
+        """Free table columns that no row uses, and blocks once more than a share `unused` of them is."""
         held = self.count > 0
         # slots in use come first in every row
         order = (~held).to(torch.int8).argsort(dim=1, stable=True)
@@ -206,7 +224,7 @@ class PackedSegment:
         self.held = self.count.sum(1).tolist()
         held = self.count > 0
         used = self.block[held].unique()
-        if self.keys is not None and used.numel() < 0.75 * len(self.keys):
+        if self.keys is not None and used.numel() < (1 - unused) * len(self.keys):
             renumber = torch.zeros(len(self.keys), dtype=torch.int32, device=used.device)
             renumber[used.long()] = torch.arange(used.numel(), dtype=torch.int32, device=used.device)
             self.block = torch.where(held, renumber[self.block.long()], torch.zeros_like(self.block))
@@ -235,7 +253,7 @@ def _blocks_of(mask: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tens
         int64 `[N, group]` indices into Hkv * n tokens (any token past the end of a block), int64 `[N]` tokens and int64
         `[N]` head of each block, sorted by head.
     """
-    heads, n = mask.shape
+    n = mask.shape[1]
     chosen = [row.nonzero()[:, 0] + head * n for head, row in enumerate(mask)]
     index, counts, owner = [], [], []
     for head, tokens in enumerate(chosen):

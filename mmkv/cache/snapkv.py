@@ -8,9 +8,9 @@ import torch
 
 from mmkv.cache.eviction import Eviction
 from mmkv.cache.fill import Fill
-from mmkv.parts.probe_rows import recent
+from mmkv.parts.probe_rows import check_window, recent
 from mmkv.parts.registry import register
-from mmkv.parts.saliency import per_kv_head, pooled
+from mmkv.parts.saliency import check_pooling, per_kv_head, pooled
 
 
 @register("cache", "SnapKV, NeurIPS 2024, arXiv 2404.14469")
@@ -42,17 +42,3 @@ class SnapKV(Eviction):
     def score(self, fill: Fill) -> torch.Tensor:
         mass = fill.mass(recent(fill.length, self.window, fill.fresh)).sum
         return pooled(per_kv_head(mass, fill.heads)[:, : fill.old], self.kernel, self.pooling)
-
-
-def check_window(window: int) -> None:
-    """Raise ValueError for an impossible number of probe rows."""
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"window {window!r}: possible are whole numbers of queries from 1")
-
-
-def check_pooling(kernel: int, pooling: str) -> None:
-    """Raise ValueError for an impossible pooling of scores."""
-    if isinstance(kernel, bool) or not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"kernel {kernel!r}: possible are odd whole numbers from 1")
-    if pooling not in ("avg", "max", "none"):
-        raise ValueError(f"pooling {pooling!r}: possible are 'avg', 'max', 'none'")

@@ -24,7 +24,9 @@ class CacheState:
         marks: int8 `[B, T]`, format of each token; None where all go to the main format.
         fresh: bool list, batch elements to which the last forward brought a new image or video worth a segment.
         prompted: bool list, those to which it brought a prompt: the first tokens, new media, or a long text.
-        chunk_of: where a prompt is fed in chunks, the length of the whole of it; 0 elsewhere.
+        chunk_of: where a prompt is fed in chunks, the layout of the whole of it; None elsewhere.
+        max_bytes: what all layers together may hold after a forward, None for no limit.
+        held: bytes of each layer when last counted; peak: the most of their sum.
         layers: how many layers the cache has.
         norms: fp32 `[B, T]` by layer, norms of the hidden states of this forward, where the method reads them.
         scratch: what several layers of one forward need alike (masks); emptied when the forward ends.
@@ -38,7 +40,10 @@ class CacheState:
     marks: torch.Tensor | None = None
     fresh: list[bool] = field(default_factory=list)
     prompted: list[bool] = field(default_factory=list)
-    chunk_of: int = 0
+    chunk_of: TokenLayout | None = None
+    max_bytes: int | None = None
+    held: dict = field(default_factory=dict)
+    peak: int = 0
     norms: dict = field(default_factory=dict)
     record_past: bool = False
     scratch: dict = field(default_factory=dict)
@@ -90,11 +95,16 @@ class CacheState:
         return ((chunk.medium > seen) & chunk.visual).sum(1).ge(NEW_MEDIA).tolist()
 
     def _prompted(self, chunk: TokenLayout) -> list[bool]:
-        if self.layout is None or self.chunk_of:
+        if self.layout is None or self.chunk_of is not None:
             return [True] * chunk.batch
         seen = self.layout.medium.amax(1, keepdim=True)
         media = ((chunk.medium > seen) & chunk.visual).any(1)
         return (media | (chunk.valid.sum(1) >= PROMPT)).tolist()
+
+    def count(self, index: int, size: int) -> None:
+        """Enter what a layer holds now."""
+        self.held[index] = size
+        self.peak = max(self.peak, sum(self.held.values()))
 
     def crop(self, length: int) -> None:
         if self.layout is None:
@@ -116,3 +126,4 @@ class CacheState:
     def reset(self) -> None:
         self.layout = self.marks = None
         self.fresh, self.prompted, self.norms = [], [], {}
+        self.held, self.peak = {}, 0

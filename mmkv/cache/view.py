@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from mmkv import compat
 from mmkv.cache.fill import Asked
@@ -44,14 +45,17 @@ class View:
         Returns:
             output `[B, T, Hq, D]` and None (or the weights, where the stock function returns them).
         """
-        layer = self.layer
-        if not layer.segments:
+        layer, scaling = self.layer, kwargs.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        asked = Asked(query.detach(), scale, kwargs.get("softcap"), kwargs.get("is_causal") is not False)
+        chosen = layer.attending(asked) if not layer.segments else None
+        if chosen is not None:
+            result = self._sparse(query, mask, chosen, asked, **kwargs), None
+        elif not layer.segments:
             result = self._dense(stock, stock_name, module, query, mask, kwargs)
         else:
-            result = self._merged(module, query, mask, **kwargs), None
-        softcap, scaling = kwargs.get("softcap"), kwargs.get("scaling")
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        layer.settle(Asked(query.detach(), scale, softcap))
+            result = self._merged(query, mask, asked, **kwargs), None
+        layer.settle(asked)
         return result
 
     def _dense(self, stock, stock_name, module, query, mask, kwargs):
@@ -66,23 +70,28 @@ class View:
             mask = mask.stock(stock_name, keys.shape[2], start, keys.device)
         return stock(module, query, keys, values, mask, **kwargs)
 
-    def _merged(
-        self,
-        module,
-        query,
-        mask,
-        *,
-        scaling=None,
-        dropout=0.0,
-        softcap=None,
-        s_aux=None,
-        sliding_window=None,
-        is_causal=None,
-        **other,
-    ):
-        layer = self.layer
-        self._refuse(mask, dropout, is_causal, other)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    def _sparse(self, query, mask, chosen, asked, *, scaling=None, dropout=0.0, softcap=None, s_aux=None,
+                sliding_window=None, is_causal=None, **other):  # fmt: skip
+        """Causal attention among the chosen tokens of each batch element; the others get no output in this layer."""
+        self._refuse(mask, dropout, other)
+        layer, scale = self.layer, asked.scale
+        out = query.new_zeros(*query.shape[:3], layer.values.shape[-1])
+        for row, columns in enumerate(chosen):
+            at = (columns - layer.start).to(query.device)
+            q, k, v = (t[row : row + 1, :, at] for t in (query, layer.keys, layer.values))
+            if softcap is None and s_aux is None:
+                part = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+            else:
+                n = torch.arange(len(at), device=query.device)
+                part, lse = attend_dense(q, k, v, scale=scale, mask=n[:, None] >= n, softcap=softcap)
+                part = part if s_aux is None else merge_sinks(part, lse, s_aux)[0]
+            out[row, :, at] = part[0].to(query.dtype)
+        return out.transpose(1, 2).contiguous()
+
+    def _merged(self, query, mask, asked, *, scaling=None, dropout=0.0, softcap=None, s_aux=None,
+                sliding_window=None, is_causal=None, **other):  # fmt: skip
+        self._refuse(mask, dropout, other)
+        layer, scale = self.layer, asked.scale
         batch, _, new, _ = query.shape
         positions = torch.arange(layer.seen - new, layer.seen, device=query.device).expand(batch, -1)
         parts = [
@@ -90,15 +99,14 @@ class View:
             for segment in layer.segments
             if not segment.empty
         ]
-        tail = attend_dense(
-            query, layer.keys, layer.values, scale=scale, mask=self._tail_mask(positions), softcap=softcap
-        )
+        seen = self._tail_mask(positions, asked.causal)
+        tail = attend_dense(query, layer.keys, layer.values, scale=scale, mask=seen, softcap=softcap)
         out, lse = merge(parts + [tail])
         if s_aux is not None:
             out, lse = merge_sinks(out, lse, s_aux)
         return out.to(query.dtype).transpose(1, 2).contiguous()
 
-    def _refuse(self, mask, dropout, is_causal, other) -> None:
+    def _refuse(self, mask, dropout, other) -> None:
         if isinstance(mask, torch.Tensor):
             raise ValueError("a 4-D attention mask does not work with a compressed cache; pass the 2-D padding mask")
         if isinstance(mask, LazyMask) and not mask.plain:
@@ -107,23 +115,21 @@ class View:
             )
         if dropout:
             raise ValueError(f"attention dropout {dropout} does not work with a compressed cache; call model.eval()")
-        if is_causal is False:
-            raise ValueError("attention that is not causal does not work with a compressed cache")
         unknown = [
             name for name, value in other.items() if value is not None and value is not False and name not in _HARMLESS
         ]
         if unknown:
             raise ValueError(f"attention keyword {', '.join(unknown)} is not supported with a compressed cache")
 
-    def _tail_mask(self, positions: torch.Tensor) -> torch.Tensor | None:
+    def _tail_mask(self, positions: torch.Tensor, causal: bool) -> torch.Tensor | None:
         """bool `[B, 1, Tq, T]` over the dense tail, None where every query sees all of it."""
         layer = self.layer
-        key = (layer.start, layer.keys.shape[2], tuple(layer.packed_to), layer.window, positions.device)
+        key = (layer.start, layer.keys.shape[2], tuple(layer.packed_to), layer.window, positions.device, causal)
         if key not in layer.state.scratch:
-            layer.state.scratch[key] = self._make_tail_mask(positions)
+            layer.state.scratch[key] = self._make_tail_mask(positions, causal)
         return layer.state.scratch[key]
 
-    def _make_tail_mask(self, positions: torch.Tensor) -> torch.Tensor | None:
+    def _make_tail_mask(self, positions: torch.Tensor, causal: bool) -> torch.Tensor | None:
         layer = self.layer
         length = layer.keys.shape[2]
         columns = torch.arange(layer.start, layer.start + length)
@@ -131,11 +137,13 @@ class View:
         held = held & (columns >= torch.tensor(layer.packed_to)[:, None])
         plain = bool(held.all())
         windowed = layer.window is not None and length > layer.window
-        if plain and self.new == 1 and not windowed:
+        if plain and (self.new == 1 or not causal) and not windowed:
             return None
         columns, held = columns.to(positions.device), held.to(positions.device)
         query, key = positions[:, None, :, None], columns[None, None, None, :]
-        mask = (key <= query) & held[:, None, None, :]
+        mask = held[:, None, None, :].expand(-1, -1, query.shape[2], -1)
+        if causal:
+            mask = mask & (key <= query)
         if layer.window is not None:
             mask = mask & (key > query - layer.window)
         return mask

@@ -63,10 +63,6 @@ class Budget:
         amounts = [a for a in (self.total, self.text, self.image, self.video) if a is not None]
         return all(isinstance(a, float) and a == 1.0 for a in amounts)
 
-    def part(self, share: float) -> Budget:
-        """What of this budget falls to a part of a prompt: counts and bytes times `share`, ratios as they are."""
-        return Budget(*(_part(a, share) for a in (self.total, self.text, self.image, self.video)))
-
     def smallest_count(self) -> int | None:
         """The least number of tokens that is given as such, None where there is none."""
         counts = [a for a in (self.total, self.text, self.image, self.video) if isinstance(a, int)]
@@ -76,20 +72,22 @@ class Budget:
         """Which tokens compete, and how many of them may stay.
 
         Args:
-            modality: int8 `[n]`, of the real tokens.
-            present: fp32 `[n]`, share of the KV heads that still hold each, 1 where none was dropped; ratios count these.
+            modality: int8 `[n]` or `[H, n]`, of the real tokens.
+            present: fp32, the same shape: share of the KV heads that still hold each, 1 where none was dropped; ratios
+                count these.
             bytes_per_token: of one token over all layers, KV heads and batch elements, as it will be stored.
 
         Returns:
-            list of (bool `[n]`, count): once for all tokens, or one modality after the other.
+            list of (bool as `modality`, count): once for all tokens, or one modality after the other.
         """
+        rows = modality.shape[0] if modality.dim() > 1 else 1
         if self.total is not None:
-            every = torch.ones(modality.shape[0], dtype=torch.bool)
-            return [(every, tokens_of(self.total, float(present.sum()), bytes_per_token))]
+            every = torch.ones_like(modality, dtype=torch.bool)
+            return [(every, tokens_of(self.total, float(present.sum()) / rows, bytes_per_token))]
         out = []
         for kind, name in enumerate(MODALITIES):
             mine, amount = modality == kind, getattr(self, name)
-            count = float(present[mine].sum())
+            count = float(present[mine].sum()) / rows
             out.append((mine, round(count) if amount is None else tokens_of(amount, count, bytes_per_token)))
         return out
 
@@ -129,8 +127,3 @@ def bytes_of(text: str | int) -> int:
         raise ValueError(f"{text!r} is no number of bytes; write a number and one of {', '.join(UNITS)}: '64MiB'")
     return int(float(found[1]) * UNITS[found[2]])
 
-
-def _part(amount: Amount | None, share: float) -> Amount | None:
-    if isinstance(amount, str):
-        return f"{bytes_of(amount) * share:.0f}B"
-    return max(int(amount * share), 1) if isinstance(amount, int) else amount

@@ -13,6 +13,13 @@ def top_per_head(score: torch.Tensor, count: int) -> torch.Tensor:
     return chosen.scatter_(-1, order, True) & (score > -torch.inf)
 
 
+def top_share_per_head(score: torch.Tensor, share: float) -> torch.Tensor:
+    """bool `[H, n]`: of each head's scores above -inf the best `share`, rounded; ties go to the earlier token."""
+    held = score > -torch.inf
+    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return held & (rank < (share * held.sum(-1, keepdim=True)).round())
+
+
 def top_over_heads(score: torch.Tensor, count: int, floor: int) -> torch.Tensor:
     """bool `[H, n]`: `floor` best of each head, and the best of all that is left until H * `count` are chosen."""
     heads, n = score.shape

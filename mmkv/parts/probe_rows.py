@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def recent(length: int, count: int, first: int = 0) -> torch.Tensor:
+def recent(length: int, count: int = 32, first: int = 0) -> torch.Tensor:
     """The newest `count` rows of `first ... length - 1`, int64 ascending."""
     return torch.arange(max(length - count, first), length)
 
@@ -29,3 +29,30 @@ def recent_and_random(length: int, recent_rows: int, random_rows: int, seed: int
 def everything(length: int, first: int = 0) -> torch.Tensor:
     """All rows, int64 ascending."""
     return torch.arange(first, length)
+
+
+def evenly(length: int, count: int, first: int = 0) -> torch.Tensor:
+    """At most `count` rows of `first ... length - 1`, evenly spaced, int64 ascending."""
+    there = length - first
+    count = min(count, there)
+    return first + (2 * torch.arange(count) + 1) * there // max(2 * count, 1)
+
+
+def check_window(window: int) -> None:
+    """Raise ValueError for an impossible number of probe rows."""
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ValueError(f"window {window!r}: possible are whole numbers of queries from 1")
+
+
+def newest_or_all(length: int, rows: int | str, first: int = 0) -> torch.Tensor:
+    """The newest rows, as many as given, or all for "all"; int64 ascending."""
+    return everything(length, first) if rows == "all" else recent(length, rows, first)
+
+
+def check_newest_or_all(probe_rows: int | str) -> None:
+    """Raise ValueError for what `newest_or_all` does not take."""
+    whole = isinstance(probe_rows, int) and not isinstance(probe_rows, bool)
+    if probe_rows != "all" and not (whole and probe_rows >= 1):
+        raise ValueError(
+            f"probe_rows {probe_rows!r}: possible are 'all' and whole numbers of the newest queries from 1"
+        )

@@ -23,3 +23,11 @@ def pooled(score: torch.Tensor, kernel: int, how: str = "avg") -> torch.Tensor:
 def normalized(mass: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Mass `[H, n]` over the number of rows `[n]` that see each key (ZipCache eq. 8); 0 where none does."""
     return mass / count.clamp(min=1)
+
+
+def check_pooling(kernel: int, pooling: str) -> None:
+    """Raise ValueError for an impossible pooling of scores."""
+    if isinstance(kernel, bool) or not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"kernel {kernel!r}: possible are odd whole numbers from 1")
+    if pooling not in ("avg", "max", "none"):
+        raise ValueError(f"pooling {pooling!r}: possible are 'avg', 'max', 'none'")
