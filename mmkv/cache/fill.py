@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -22,12 +22,14 @@ class Asked:
         scale: factor on q.k.
         softcap: of the scores, None without.
         causal: whether a new token sees those before it alone.
+        fills: what was worked out before the attention, by batch element.
     """
 
     query: torch.Tensor
     scale: float
     softcap: float | None = None
     causal: bool = True
+    fills: dict[int, Fill] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -55,6 +57,7 @@ class Fill:
         prompt: int8 `[L]`, modality of the real tokens of the whole prompt where it comes in chunks, None elsewhere; the newest
             tokens of this chunk are then decided upon with the next one.
         decoding: whether decoded tokens have left the window, in place of a prompt that came.
+        notes: what a method found out before the attention (`attends`), for `decide`.
     """
 
     layer: int
@@ -79,6 +82,7 @@ class Fill:
     scores: torch.Tensor | None = None
     prompt: torch.Tensor | None = None
     decoding: bool = False
+    notes: dict = field(default_factory=dict)
 
     @property
     def length(self) -> int:

@@ -38,13 +38,15 @@ class HACK(NextScale):
             get the rest, so that the average holds. Without both kinds of head it plays no role. The paper does not state it.
         scales: how many scales an image has, or a tuple of the tokens of each. After the last nothing is dropped. With the
             tokens, shares are of all that comes before the last scale: the budget is constant, and nothing is dropped before
-            it is exceeded. Without them, shares are of the tokens seen so far. None: unknown.
+            it is exceeded. Without them, shares are of the tokens seen so far, which cuts the early scales as hard as the
+            late ones; prefer the tokens. None: unknown.
         probes: queries of a scale whose attention counts, evenly spaced.
         merge: merge what contextual heads drop in the last compression into the kept keys that are most alike (cosine), by a
             plain mean of keys and of values; needs `scales`.
 
     Where we differ: there is no released code that we could read. The rule to reduce the latest scale last where a structural
-    head has no room for it, what the shares are of and how tokens are merged are our choices.
+    head has no room for it, what the shares are of and how tokens are merged are our choices. Nothing is dropped while the
+    average has no room for the first two scales.
     """
 
     structural: HeadClasses | tuple[tuple[int, ...], ...] | None = None
@@ -97,7 +99,8 @@ class HACK(NextScale):
         if self.scale_count is not None and scale >= self.scale_count - 1:
             return
         structural = sum(map(len, groups))
-        few, many = self.lengths(fill.seen, fill.layers * fill.heads - structural, structural)
+        first = int(((fill.layout.medium < FIRST_SCALES) & (fill.columns >= 0)).sum(-1).max())
+        few, many = self.lengths(fill.seen, first, fill.layers * fill.heads - structural, structural)
         mine = torch.zeros(fill.heads, 1, dtype=torch.bool)
         mine[list(groups[fill.layer])] = True
         mine, before = mine.to(fill.keys.device), plan.keep
@@ -110,16 +113,17 @@ class HACK(NextScale):
             dropped = before & ~plan.keep & ~mine
             plan.keys, plan.values = merged_into_nearest(plan.keys, plan.values, plan.keep, dropped)
 
-    def lengths(self, seen: int, contextual: int, structural: int) -> tuple[int, int]:
-        """How many tokens a contextual and a structural head keep of `seen`.
+    def lengths(self, seen: int, first: int, contextual: int, structural: int) -> tuple[int, int]:
+        """How many tokens a contextual and a structural head keep of `seen`: all, while the average has no room for `first`.
 
         Args:
             seen: tokens so far.
+            first: of them in the first two scales.
             contextual, structural: how many heads of each kind the model has.
         """
         whole = sum(self.scales[:-1]) if isinstance(self.scales, tuple) else seen
         mean = (1 - self.compression) * whole + 1e-6  # 30 % of 10 is 3, also in binary
-        if seen <= mean:
+        if seen <= mean or mean < first:
             return seen, seen
         if not contextual or not structural:
             return int(mean), int(mean)
@@ -164,5 +168,6 @@ def merged_into_nearest(
     weight = dropped[..., None].float()
     count = 1 + torch.zeros_like(weight).scatter_add_(1, target[..., None], weight)
     return tuple(
-        (x.float().scatter_add(1, target[..., None].expand_as(x), x * weight) / count).to(x.dtype) for x in (keys, values)
+        (x.float().scatter_add(1, target[..., None].expand_as(x), x * weight) / count).to(x.dtype)
+        for x in (keys, values)
     )

@@ -16,7 +16,7 @@ from mmkv.cache.segment import PackedSegment
 from mmkv.cache.state import CacheState
 from mmkv.cache.summary import SummarySegment
 from mmkv.cache.view import View
-from mmkv.parts.probe_rows import everything, recent
+from mmkv.parts.probe_rows import recent
 from mmkv.parts.saliency import per_kv_head
 from mmkv.parts.storage import storage_bytes
 
@@ -100,7 +100,7 @@ class KVLayer(CacheLayerMixin):
         method = self.state.method
         if asked is not None and self.window is None:
             if method is not None and method.accumulates:
-                self._accumulate(asked, everything)
+                self._accumulate(asked, method.counted_rows)
             elif self.state.max_bytes is not None and any(self.state.prompted):
                 self._accumulate(asked, recent)  # so that what the prompt's end looks at least can go first
         if (
@@ -195,6 +195,7 @@ class KVLayer(CacheLayerMixin):
             found = None if fill is None or fill.fresh else method.attends(fill)
             if found is None:
                 return None
+            asked.fills[row] = fill
             chosen.append(fill.columns[found.cpu()])
         return chosen
 
@@ -234,7 +235,7 @@ class KVLayer(CacheLayerMixin):
         """Add the attention of new tokens to each key's mass.
 
         Args:
-            which: `everything` or `recent` of `mmkv.parts.probe_rows`.
+            which: rows to count, `CacheMethod.counted_rows` or `recent` of `mmkv.parts.probe_rows`.
         """
         batch, heads = self.keys.shape[:2]
         if self.scores is None:
@@ -282,7 +283,8 @@ class KVLayer(CacheLayerMixin):
         prompted = bool(self.state.prompted and self.state.prompted[row])
         if not prompted and (method.interval is None or self._waiting(row) < method.residual_window + method.interval):
             return False
-        fill = self.fill(row, asked, decoding=not prompted)
+        fill = asked.fills.get(row) if asked is not None else None
+        fill = self.fill(row, asked, decoding=not prompted) if fill is None else fill
         if fill is None:
             return False
         plan = self.plan(row, fill)

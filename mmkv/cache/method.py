@@ -9,6 +9,7 @@ import torch
 
 from mmkv.cache.formats import PackFormat
 from mmkv.cache.segment import PackedSegment
+from mmkv.parts.probe_rows import everything
 
 if TYPE_CHECKING:
     from mmkv.cache.fill import Fill, Plan
@@ -108,6 +109,10 @@ class CacheMethod:
             int8 `[B, T]`: index into `formats()` for each token or `DENSE`; None for the main format throughout.
         """
         return None
+
+    def counted_rows(self, length: int, first: int = 0) -> torch.Tensor:
+        """Where the method `accumulates`: whose attention counts, of the new tokens at `first ... length - 1`; all of them."""
+        return everything(length, first)
 
     def attends(self, fill: Fill) -> torch.Tensor | None:
         """Sparse prefill: bool `[n]`, the tokens that attend and are attended to in this layer; None for all of them."""

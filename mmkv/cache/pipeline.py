@@ -41,6 +41,12 @@ class Pipeline(CacheMethod):
             raise ValueError(
                 f"{joint[0]} decides for all layers together, which leaves no room for another choice; use it alone"
             )
+        scales = [type(m).__name__ for m in self.methods if m.next_scale]
+        if scales:
+            raise ValueError(
+                f"{scales[0]} decides anew after each scale among all that it keeps, which leaves no room for another method; "
+                "use it alone"
+            )
         kinds = {m.reads_hidden for m in self.methods} - {None}
         if len(kinds) > 1:
             raise ValueError(
@@ -84,10 +90,6 @@ class Pipeline(CacheMethod):
         return any(method.recalls for method in self.methods)
 
     @property
-    def next_scale(self) -> bool:
-        return any(method.next_scale for method in self.methods)
-
-    @property
     def segment_class(self) -> type[PackedSegment]:
         return self.methods[-1].segment_class
 
@@ -113,6 +115,13 @@ class Pipeline(CacheMethod):
     def adapt(self, form: PackFormat, keys: torch.Tensor) -> PackFormat:
         return self.methods[-1].adapt(form, keys)
 
+    def packs_undecided(self, sliding: bool) -> bool:
+        return self.methods[-1].packs_undecided(sliding)
+
+    @property
+    def segment_class(self):
+        return self.methods[-1].segment_class
+
     def mark(self, embeds: torch.Tensor, chunk) -> torch.Tensor | None:
         """The first method's mark counts where several mark a token."""
         marks = None
@@ -121,6 +130,9 @@ class Pipeline(CacheMethod):
             if mine is not None:
                 marks = mine if marks is None else torch.where(marks != 0, marks, mine)
         return marks
+
+    def counted_rows(self, length: int, first: int = 0) -> torch.Tensor:
+        return next(m for m in self.methods if m.accumulates).counted_rows(length, first)
 
     def attends(self, fill: Fill) -> torch.Tensor | None:
         found = [m.attends(fill) for m in self.methods]

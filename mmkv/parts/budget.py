@@ -126,4 +126,3 @@ def bytes_of(text: str | int) -> int:
     if not found or found[2] not in UNITS or float(found[1]) <= 0:
         raise ValueError(f"{text!r} is no number of bytes; write a number and one of {', '.join(UNITS)}: '64MiB'")
     return int(float(found[1]) * UNITS[found[2]])
-

@@ -24,6 +24,11 @@ class Identity:
     layers: int
     heads: int
 
+    def __post_init__(self):
+        numbers = (self.layers, self.heads)
+        if not isinstance(self.model_type, str) or not all(type(number) is int and number > 0 for number in numbers):
+            raise ValueError(f"{self!r} is no model: needed are its type, and how many layers and KV heads it has")
+
     @classmethod
     def of(cls, config) -> Identity:
         """From a model's config (transformers' names; a model without grouped-query attention has no number of KV heads)."""
@@ -201,7 +206,7 @@ def drafting_layers(index: torch.Tensor, count: int) -> tuple[tuple[int, ...], .
     """For each scale the layers that are among the `count` (layer, scale) pairs with the least standardized selectivity.
 
     Args:
-        index: `[layers, scales]`, `attention_selectivity` of each layer while each scale is made; NaN for scales that are left out.
+        index: `[layers, scales]`, `attention_selectivity` of each layer while each scale is made; NaN for scales left out.
         count: pairs in all.
     """
     known = ~index.isnan().any(0)
