@@ -5,20 +5,23 @@ stands in the prompt when the cache is compressed, as in most papers; methods wh
 for it there. Bytes are those of the report right after the prefill.
 
 What was measured is kept in outputs/pareto.jsonl, one line for each setting, protocol and video; a second run goes on
-from there, and measures settings anew only where they or the questions changed. After a change to a method's code, delete
-the file or give --again.
+from there, and measures anew only where a setting, the code of its methods or the questions changed. Delete the file after
+a change to what methods share.
 
     python benchmarks/pareto.py                          # benchmarks/results/accuracy-pareto.json and .png
-    python benchmarks/pareto.py --again SnapKV H2O       # these families once more
     python benchmarks/pareto.py --plot                   # table and plot of the result file alone
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
+import inspect
 import json
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -49,7 +52,21 @@ class Ground:
 
     def key(self, point: Point, protocol: str, video: int) -> str:
         where = f"{protocol} {self.split} {SEED} {self.frames} {self.questions} {self.dtype} video {video}"
-        return f"{where}: {list(point.cache)}"
+        return f"{where}: {list(point.cache)} {[code_of(type(method)) for method in point.cache]}"
+
+
+@cache
+def code_of(kind: type) -> str:
+    """Digest of the code of a method's module and of those that it inherits from, comments and docstrings left out."""
+    found = hashlib.sha1()
+    for base in kind.__mro__:
+        if base.__module__.startswith("mmkv.cache."):
+            tree = ast.parse(inspect.getsource(inspect.getmodule(base)))
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module) and ast.get_docstring(node):
+                    node.body = node.body[1:]
+            found.update(ast.dump(tree).encode())
+    return found.hexdigest()[:8]
 
 
 class Log:
@@ -113,11 +130,11 @@ class Bench:
         with mmkv.wrapped(self.model, cache=point.cache, positions="trained"):
             if replay.allowed(point.cache):
                 with replay.playing():
-                    cache = prefill(self.model, ready)
+                    held = prefill(self.model, ready)
             else:
-                cache = prefill(self.model, ready)
+                held = prefill(self.model, ready)
             report = mmkv.report(self.model)
-            given = answers(self.model, self.processor, ready, cache)
+            given = answers(self.model, self.processor, ready, held)
         return dict(
             answers=given,
             kv_bytes=report.kv_bytes,
@@ -277,7 +294,6 @@ def main() -> None:
     parser.add_argument("--split", default=Ground.split)
     parser.add_argument("--frames", type=int, default=Ground.frames)
     parser.add_argument("--dtype", default=Ground.dtype)
-    parser.add_argument("--again", nargs="*", default=[], help="families to measure once more")
     parser.add_argument("--plot", action="store_true", help="table and plot of the result file, nothing is measured")
     parser.add_argument("--log", type=Path, default=Path("outputs/pareto.jsonl"))
     parser.add_argument("--out", default=RESULT)
@@ -298,10 +314,6 @@ def run(options) -> dict:
     ground = Ground(options.split, options.frames, options.questions, options.dtype)
     bench = Bench(ground, Log(options.log))
     which, videos = points(bench.model), range(options.videos)
-    for point in which:
-        if point.family in options.again:
-            for key in [ground.key(point, p, v) for p in PROTOCOLS for v in range(options.videos + options.fresh)]:
-                bench.log.rows.pop(key, None)
     bench.measure(which, PROTOCOLS, videos)
     fresh = range(options.videos, options.videos + options.fresh)
     found = sum((compose(bench, which, protocol, videos, fresh) for protocol in PROTOCOLS), [])

@@ -376,7 +376,9 @@ def main() -> None:
     parser.add_argument("--score", type=int, default=256)
     parser.add_argument("--haystack", type=int, default=1500, help="tokens of the text around the needles")
     parser.add_argument("--haystacks", type=int, default=4, help="texts, with ten needles each")
-    parser.add_argument("--study", action="store_true", help="variants of the methods, on one model and without needles")
+    parser.add_argument(
+        "--study", action="store_true", help="variants of the methods, on one model and without needles"
+    )
     parser.add_argument("--only", nargs="*", help="names of rows, dense is always run")
     parser.add_argument("--keep", default=None, help="folder for converted models")
     parser.add_argument("--out", default=None)

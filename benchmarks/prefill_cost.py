@@ -24,8 +24,12 @@ from rich.table import Table
 import mmkv
 from mmkv.cache import KVLayer, pipeline
 
-SMALL = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2)
-LARGE = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)
+SMALL = dict(
+    hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2
+)
+LARGE = dict(
+    hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4
+)
 # what the rule of 5 % does not cover, and why
 BEYOND = {
     "H2O": "all query rows",
@@ -107,7 +111,9 @@ def main() -> None:
                 times[name].append(watch.prefill(model, ids))
                 report = mmkv.report(model)
                 peaks[name], bytes_[name] = report.kv_bytes_peak, report.kv_bytes
-    table = Table("method", "prefill s", "of it own work", "KV bytes", "peak", "looks at", title=f"{options.tokens:,} tokens")
+    table = Table(
+        "method", "prefill s", "of it own work", "KV bytes", "peak", "looks at", title=f"{options.tokens:,} tokens"
+    )
     rows = []
     for name, taken in times.items():
         took = statistics.median(whole for whole, _ in taken)

@@ -7,8 +7,8 @@ from functools import cached_property
 
 import torch
 
+from mmkv._chunks import Pieces
 from mmkv._report import Meter
-from mmkv._chunks import Pieces, check_chunk
 from mmkv.cache import NAME, Cache, CacheMethod, adopt, register, settle_jointly, state_of
 from mmkv.layout import TokenLayout
 from mmkv.models import Adapter
@@ -26,7 +26,12 @@ class Session:
     """
 
     def __init__(
-        self, adapter: Adapter, method: CacheMethod | None, positions: str, max_bytes: int | None, prefill_chunk: int | None
+        self,
+        adapter: Adapter,
+        method: CacheMethod | None,
+        positions: str,
+        max_bytes: int | None,
+        prefill_chunk: int | None,
     ):
         self.adapter, self.method, self.positions = adapter, method, positions
         self.max_bytes, self.prefill_chunk = max_bytes, prefill_chunk

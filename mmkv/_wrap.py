@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from mmkv._presets import preset as find_preset
 from mmkv._chunks import check_chunk
+from mmkv._presets import preset as find_preset
 from mmkv._session import Session
 from mmkv.cache import CacheMethod, pipeline
 from mmkv.models import adapter_for
@@ -56,7 +56,9 @@ def wrap(
     method = _method(preset, cache)
     if method is not None:
         if method.next_scale:
-            raise ValueError(f"{method} is for visual autoregressive models, {type(base).__name__} is a language model")
+            raise ValueError(
+                f"{type(method).__name__} is for visual autoregressive models, {type(base).__name__} is a language model"
+            )
         method.check(*adapter.head_dims())
     if method is not None or limit is not None:
         _check_device(base)

@@ -26,8 +26,8 @@ from mmkv.cache import (
     RazorAttention,
     SnapKV,
     VidKV,
-    ZipVL,
     ZipCache,
+    ZipVL,
     pipeline,
 )
 from mmkv.cache.cache import settle_jointly

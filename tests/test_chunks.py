@@ -17,7 +17,9 @@ def prompts(model, tokens=200):
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beam", "sample"])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava_onevision", "qwen2", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava_onevision", "qwen2", "gemma3_text", "gpt_oss"]
+)
 def test_dense_chunks_are_stock(family, mode):
     """The same tokens; logits to rounding, since attention over other shapes sums in another order."""
     model = rm.make(family)
@@ -44,7 +46,11 @@ def test_all_logits_of_a_plain_forward():
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava_onevision", "llama"])
-@pytest.mark.parametrize("cache", [[KIVI(group=32, residual=32)], [SnapKV(budget=0.3)], [SnapKV(budget=0.3), KIVI(group=32, residual=32)]], ids=str)
+@pytest.mark.parametrize(
+    "cache",
+    [[KIVI(group=32, residual=32)], [SnapKV(budget=0.3)], [SnapKV(budget=0.3), KIVI(group=32, residual=32)]],
+    ids=str,
+)
 def test_attention_between_chunks(family, cache):
     model = rm.make(family)
     with mmkv.wrapped(model, cache=cache, prefill_chunk=64), checked_attention() as errors:

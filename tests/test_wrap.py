@@ -15,7 +15,7 @@ from cache_reference import METHODS, checked_attention
 from transformers import DynamicCache
 
 import mmkv
-from mmkv.cache import KIVI, VidKV
+from mmkv.cache import KIVI
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from mmkv import compat
+from mmkv.cache.deciding import fill_of, plan_of
 from mmkv.cache.layer import KVLayer
 from mmkv.cache.method import CacheMethod
 from mmkv.cache.state import CacheState
@@ -73,9 +74,9 @@ def settle_jointly(layers: list[KVLayer]) -> None:
         return
     method, waiting = layers[0].state.method, [layer for layer in layers if layer.waits]
     for row in range(layers[0].batch_size if waiting else 0):
-        fills = [layer.fill(row, layer.asked) for layer in waiting]
+        fills = [fill_of(layer, row, layer.asked) for layer in waiting]
         if all(fill is not None for fill in fills) and layers[0].state.prompted[row]:
-            plans = [layer.plan(row, fill) for layer, fill in zip(waiting, fills)]
+            plans = [plan_of(layer, row, fill) for layer, fill in zip(waiting, fills)]
             method.decide_jointly(fills, plans)
             for layer, fill, plan in zip(waiting, fills, plans):
                 layer.apply(row, fill, plan)

@@ -72,7 +72,7 @@ class DenseSegment:
         """All tokens of a batch element: per KV head keys `[n, D]`, values `[n, Dv]`, positions int32 `[n]`."""
         offsets, first = self.offsets, row * self.heads
         at = [slice(offsets[r], offsets[r + 1]) for r in range(first, first + self.heads)]
-        return tuple([t[s] for s in at] for t in (self.keys, self.values, self.positions))
+        return [self.keys[s] for s in at], [self.values[s] for s in at], [self.positions[s] for s in at]
 
     def take(self, row: int) -> None:
         """Let go of all tokens of a batch element."""

@@ -167,7 +167,7 @@ class Plan:
         )
 
     def drop(self, stay: torch.Tensor, fill: Fill) -> None:
-        """Drop the old tokens that are not in `stay` bool `[Hkv, old]`; those already dropped stay so, protected ones never go."""
+        """Drop the old tokens that are not in `stay` bool `[Hkv, old]`; what is dropped already stays so, protected ones never go."""
         self.keep = self.keep & (stay | fill.protected.to(stay.device))
 
     def present(self, fill: Fill) -> torch.Tensor:

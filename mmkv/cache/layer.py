@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from mmkv import compat
 from mmkv.cache.cap import fit
+from mmkv.cache.deciding import accumulate, fill_of, plan_of
 from mmkv.cache.dense import DenseSegment
 from mmkv.cache.fill import Asked, Fill, Plan
 from mmkv.cache.method import DENSE, split
@@ -17,7 +16,6 @@ from mmkv.cache.state import CacheState
 from mmkv.cache.summary import SummarySegment
 from mmkv.cache.view import View
 from mmkv.parts.probe_rows import recent
-from mmkv.parts.saliency import per_kv_head
 from mmkv.parts.storage import storage_bytes
 
 
@@ -100,9 +98,9 @@ class KVLayer(CacheLayerMixin):
         method = self.state.method
         if asked is not None and self.window is None:
             if method is not None and method.accumulates:
-                self._accumulate(asked, method.counted_rows)
+                accumulate(self, asked, method.counted_rows)
             elif self.state.max_bytes is not None and any(self.state.prompted):
-                self._accumulate(asked, recent)  # so that what the prompt's end looks at least can go first
+                accumulate(self, asked, recent)  # so that what the prompt's end looks at least can go first
         if (
             method is not None
             and method.joint
@@ -127,148 +125,6 @@ class KVLayer(CacheLayerMixin):
         if any(self.state.prompted):
             self.state.count(self.index, storage_bytes(self.tensors()))
 
-    def fill(self, row: int, asked: Asked | None, decoding: bool = False, residual: int | None = None) -> Fill | None:
-        """What a method is told about batch element `row`, None where nothing has left the residual window.
-
-        Args:
-            asked: the attention that has just run.
-            decoding: as `Fill.decoding`.
-            residual: newest tokens that are not decided upon; the method's where None.
-        """
-        state, method = self.state, self.state.method
-        residual = method.residual_window if residual is None else residual
-        valid = state.layout.valid[row]
-        first = max(self.packed_to[row], self.start)
-        columns = valid[first : self.seen].nonzero()[:, 0] + first
-        old = columns.numel() - residual
-        if old <= 0:
-            return None
-        at = slice(first - self.start, None)
-        if columns.numel() < self.seen - first:  # padding in between
-            at = (columns - self.start).to(self.device)
-        marks = None if state.marks is None else state.marks[row, columns[:old]]
-        fresh = int((columns < self.seen - self.new).sum())
-        newest = columns[fresh:] - (self.seen - self.new)
-        query = None if asked is None else asked.query[row][:, newest.to(asked.query.device)]
-        norms = None
-        if self.index in state.norms:
-            norms = torch.cat([torch.full((fresh,), torch.nan), state.norms[self.index][row, newest].float().cpu()])
-        fill = Fill(
-            layer=self.index,
-            layers=state.layers,
-            columns=columns,
-            old=old,
-            fresh=fresh,
-            keys=self.keys[row, :, at],
-            values=self.values[row, :, at],
-            query=query,
-            layout=state.layout.rows(torch.tensor([row])).take(columns),
-            protected=torch.zeros(old, dtype=torch.bool) if marks is None else marks == DENSE,
-            boundary=int(columns[old]) if old < columns.numel() else self.seen,
-            seen=columns.numel() if any(s.tokens[row] for s in self.packed) else int(valid[: self.seen].sum()),
-            scale=1.0 if asked is None else asked.scale,
-            softcap=None if asked is None else asked.softcap,
-            causal=asked is None or asked.causal,
-            bytes_per_token=self._bytes_per_token(),
-            norms=norms,
-            prompt=None if state.chunk_of is None else state.chunk_of.modality[row, state.chunk_of.valid[row]],
-            decoding=decoding,
-        )
-        if method is not None and method.recalls:
-            fill = self._recall(row, fill)
-        if self.scores is not None and self.scores.shape[2] == self.seen:
-            at = fill.columns.clamp(min=0).expand(fill.heads, -1).to(self.scores.device)
-            fill.scores = self.scores[row].gather(1, at)
-        return fill
-
-    def attending(self, asked: Asked) -> list[torch.Tensor] | None:
-        """Sparse prefill: of each batch element, the logical positions int64 that attend and are attended to; None for all.
-
-        Only where a prompt came, all that is held is dense, and the method wants it for every batch element.
-        """
-        method = self.state.method
-        if method is None or not method.decides or self.window is not None or not all(self.state.prompted):
-            return None
-        chosen = []
-        for row in range(self.keys.shape[0]):
-            fill = self.fill(row, asked)
-            found = None if fill is None or fill.fresh else method.attends(fill)
-            if found is None:
-                return None
-            asked.fills[row] = fill
-            chosen.append(fill.columns[found.cpu()])
-        return chosen
-
-    def _recall(self, row: int, fill: Fill) -> Fill:
-        """Put the tokens that each head stores dense in front of those of the tail."""
-        stored = next((s for s in self.segments if isinstance(s, DenseSegment) and s.tokens[row]), None)
-        if stored is None:
-            return fill
-        keys, values, positions = stored.of(row)
-        most = max(len(p) for p in positions)
-        pad = lambda parts, value=0: torch.stack(  # noqa: E731
-            [torch.nn.functional.pad(p, (0, 0) * (p.dim() - 1) + (0, most - len(p)), value=value) for p in parts]
-        )
-        before = pad(positions, -1).long()
-        columns = torch.cat([before, fill.columns.expand(fill.heads, -1)], 1)
-        layout = self.state.layout.rows(torch.full((fill.heads,), row))
-        protected = fill.protected.expand(fill.heads, -1)
-        if self.state.marks is not None:
-            protected = torch.cat([(self.state.marks[row][before.clamp(min=0)] == DENSE) & (before >= 0), protected], 1)
-        else:
-            protected = torch.nn.functional.pad(protected, (most, 0))
-        return replace(
-            fill,
-            columns=columns,
-            old=fill.old + most,
-            fresh=fill.fresh + most,
-            keys=torch.cat([pad(keys), fill.keys], 1),
-            values=torch.cat([pad(values), fill.values], 1),
-            layout=layout.gather(columns.clamp(min=0)),
-            protected=protected,
-            present=torch.nn.functional.pad(before >= 0, (0, fill.old), value=True).to(self.device),
-            recalled=most,
-            norms=None if fill.norms is None else torch.nn.functional.pad(fill.norms, (most, 0), value=torch.nan),
-        )
-
-    def _accumulate(self, asked: Asked, which) -> None:
-        """Add the attention of new tokens to each key's mass.
-
-        Args:
-            which: rows to count, `CacheMethod.counted_rows` or `recent` of `mmkv.parts.probe_rows`.
-        """
-        batch, heads = self.keys.shape[:2]
-        if self.scores is None:
-            self.scores = torch.zeros(batch, heads, 0, device=self.device)
-        self.scores = torch.nn.functional.pad(self.scores, (0, self.seen - self.scores.shape[2]))
-        for row in range(batch):
-            fill = self.fill(row, asked, residual=0)
-            if fill is None:  # padding alone
-                continue
-            rows = which(fill.length, first=fill.fresh)
-            mass = per_kv_head(fill.mass(rows).sum, heads)
-            at = fill.columns.clamp(min=0).expand(heads, -1).to(self.device)  # what is not there has no mass
-            self.scores[row].scatter_add_(1, at, mass)
-
-    def _bytes_per_token(self) -> float:
-        """Of one token over all layers, KV heads and batch elements, in the main format."""
-        d, dv, forms = self.keys.shape[-1], self.values.shape[-1], self.state.forms
-        bits = 8.0 * self.keys.element_size() * (d + dv)
-        if forms:
-            key_bits, value_bits = forms[0].bits(d, dv)
-            bits = key_bits * d + value_bits * dv
-        return bits / 8 * self.keys.shape[0] * self.keys.shape[1] * self.state.layers
-
-    def plan(self, row: int, fill: Fill) -> Plan:
-        """Keep everything, as the marks say: where methods begin."""
-        marks = self.state.marks
-        form = torch.zeros(fill.old, dtype=torch.int8)
-        if not self.state.forms:
-            form = torch.full_like(form, DENSE)
-        elif marks is not None:
-            form = marks[row, fill.columns[..., : fill.old].clamp(min=0)]
-        return Plan.everything(fill, form)
-
     def _pack(self, asked: Asked | None) -> None:
         for row in range(len(self.packed_to)):
             if not self._decided(row, asked):
@@ -284,10 +140,10 @@ class KVLayer(CacheLayerMixin):
         if not prompted and (method.interval is None or self._waiting(row) < method.residual_window + method.interval):
             return False
         fill = asked.fills.get(row) if asked is not None else None
-        fill = self.fill(row, asked, decoding=not prompted) if fill is None else fill
+        fill = fill_of(self, row, asked, decoding=not prompted) if fill is None else fill
         if fill is None:
             return False
-        plan = self.plan(row, fill)
+        plan = plan_of(self, row, fill)
         method.decide(fill, plan)
         return self.apply(row, fill, plan)
 

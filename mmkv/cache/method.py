@@ -40,7 +40,10 @@ class CacheMethod:
         False  # whether `decide` wants `Fill.scores`: attention mass summed over all rows so far
     )
     recalls: ClassVar[bool] = False  # whether `decide` chooses anew among the tokens that are stored dense, too
-    next_scale: ClassVar[bool] = False  # whether it is for visual autoregressive models alone, where a forward is a scale
+    next_scale: ClassVar[bool] = (
+        False  # whether it is for visual autoregressive models alone, where a forward is a scale
+    )
+    sparse_prefill: ClassVar[bool] = False  # whether `attends` may say anything
     joint: ClassVar[bool] = False  # whether all layers are decided upon together, when the forward ends
     segment_class: ClassVar[type[PackedSegment]] = PackedSegment  # what holds the tokens it stores
 

@@ -115,13 +115,6 @@ class Pipeline(CacheMethod):
     def adapt(self, form: PackFormat, keys: torch.Tensor) -> PackFormat:
         return self.methods[-1].adapt(form, keys)
 
-    def packs_undecided(self, sliding: bool) -> bool:
-        return self.methods[-1].packs_undecided(sliding)
-
-    @property
-    def segment_class(self):
-        return self.methods[-1].segment_class
-
     def mark(self, embeds: torch.Tensor, chunk) -> torch.Tensor | None:
         """The first method's mark counts where several mark a token."""
         marks = None
@@ -134,8 +127,12 @@ class Pipeline(CacheMethod):
     def counted_rows(self, length: int, first: int = 0) -> torch.Tensor:
         return next(m for m in self.methods if m.accumulates).counted_rows(length, first)
 
+    @property
+    def sparse_prefill(self) -> bool:
+        return any(method.sparse_prefill for method in self.methods)
+
     def attends(self, fill: Fill) -> torch.Tensor | None:
-        found = [m.attends(fill) for m in self.methods]
+        found = [method.attends(fill) for method in self.methods if method.sparse_prefill]
         return next((f for f in found if f is not None), None)
 
     def decide(self, fill: Fill, plan: Plan) -> None:

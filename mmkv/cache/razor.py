@@ -31,8 +31,9 @@ class RazorAttention(CacheMethod):
         compensate: whether dropped tokens leave their mean; without it local heads are StreamingLLM's.
         residual: newest tokens kept dense in the tail, at least 32.
 
-    Where we differ: a KV head is a retrieval head where any of its query heads is. Later prompts shorten the buffers again
-    and leave a further mean token each; decoded tokens stay. There is no released code.
+    Where we differ: a KV head is a retrieval head where any of its query heads is. Later prompts, and later chunks of
+    one prompt, shorten the buffers again and leave a mean token of their own; decoded tokens stay. No code came with the
+    paper.
     """
 
     heads: tuple[tuple[int, int], ...] = ()

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from mmkv import compat
+from mmkv.cache.deciding import attending
 from mmkv.cache.fill import Asked
 from mmkv.cache.mask import LazyMask
 from mmkv.kernels import attend_dense, merge, merge_sinks
@@ -48,7 +49,7 @@ class View:
         layer, scaling = self.layer, kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         asked = Asked(query.detach(), scale, kwargs.get("softcap"), kwargs.get("is_causal") is not False)
-        chosen = layer.attending(asked) if not layer.segments else None
+        chosen = attending(layer, asked) if not layer.segments else None
         if chosen is not None:
             result = self._sparse(query, mask, chosen, asked, **kwargs), None
         elif not layer.segments:

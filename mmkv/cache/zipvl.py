@@ -79,6 +79,10 @@ class ZipVL(CacheMethod):
         self._storage()
 
     @property
+    def sparse_prefill(self) -> bool:
+        return self.sparse and self.tau < 1
+
+    @property
     def evicts(self) -> bool:
         return self.store == "evict"
 
@@ -97,8 +101,6 @@ class ZipVL(CacheMethod):
         return self._storage().packs_undecided(sliding)
 
     def attends(self, fill: Fill) -> torch.Tensor | None:
-        if not self.sparse or self.tau == 1:
-            return None
         return self.important(fill)
 
     def important(self, fill: Fill) -> torch.Tensor:

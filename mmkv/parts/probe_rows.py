@@ -51,8 +51,9 @@ def newest_or_all(length: int, rows: int | str, first: int = 0) -> torch.Tensor:
 
 def check_newest_or_all(probe_rows: int | str) -> None:
     """Raise ValueError for what `newest_or_all` does not take."""
-    whole = isinstance(probe_rows, int) and not isinstance(probe_rows, bool)
-    if probe_rows != "all" and not (whole and probe_rows >= 1):
+    if probe_rows == "all":
+        return
+    if isinstance(probe_rows, bool) or not isinstance(probe_rows, int) or probe_rows < 1:
         raise ValueError(
             f"probe_rows {probe_rows!r}: possible are 'all' and whole numbers of the newest queries from 1"
         )

@@ -93,6 +93,21 @@ def test_a_later_prompt_shortens_the_buffers_and_leaves_another_mean():
     assert torch.allclose(one.keys[0, 0].double(), want, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [64, 400])
+def test_a_prompt_in_chunks_ends_with_the_same_tokens(chunk):
+    """The newest fifth of the whole prompt, not of each chunk; every dropped token is in one of the means."""
+    model = rm.make("llama")
+    method = RazorAttention(heads=((1, 0),), least=32)
+    with mmkv.wrapped(model, cache=[method], prefill_chunk=chunk), torch.no_grad():
+        cache = model(torch.tensor([rm.words(1000)])).past_key_values
+    for i, layer in enumerate(cache.layers):
+        means = next(s for s in layer.segments if isinstance(s, SummarySegment))
+        for head in range(2):
+            at, whole = held_by_head(layer, 0, head)[0].tolist(), (i, head) == (1, 0)
+            assert at == list(range(1000)) if whole else at == [*range(4), *range(800, 1000)]
+            assert int(means.counts[0, head].sum()) == 1000 - len(at)
+
+
 def test_bytes_are_freed():
     """Of 4 heads one is kept whole; the others hold 4 sinks, 400 of 2000 tokens and a mean."""
     bare = Bare(RazorAttention(heads=((0, 2),), least=40), heads=4, dim=64, dtype=torch.bfloat16).feed(2000)

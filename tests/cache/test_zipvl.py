@@ -9,6 +9,7 @@ from cache_reference import Bare, held_by_head
 
 import mmkv
 from mmkv.cache import ZipVL
+from mmkv.cache.deciding import fill_of
 from mmkv.cache.fill import Asked
 from mmkv.cache.view import View
 from mmkv.layout import VIDEO, TokenLayout
@@ -22,7 +23,7 @@ def important(method, keys, queries, chunk=None):
     n = keys.shape[2]
     bare.state.extend(TokenLayout.text(1, n) if chunk is None else chunk, None)
     bare.layer.update(keys, keys)
-    return method.important(bare.layer.fill(0, Asked(queries, keys.shape[3] ** -0.5)))
+    return method.important(fill_of(bare.layer, 0, Asked(queries, keys.shape[3] ** -0.5)))
 
 
 def naive(keys, queries, rows, tau):
@@ -105,12 +106,12 @@ def test_sparse_prefill_is_causal_attention_among_the_important():
             weights = (keys[0, head // 2, before].double() @ queries[0, head, token].double() * 0.25).softmax(0)
             assert torch.allclose(got, weights @ values[0, head // 2, before].double(), atol=1e-5)
     # and what was important is stored at the better bits
-    stored = {i: s for i, s in enumerate(bare.layer.packed)}
-    assert {s.packer.form.name for s in stored.values()} == {"zipcache-4", "zipcache-2"}
-    best = next(s for s in stored.values() if s.packer.form.name == "zipcache-4")
-    assert sorted(best.positions_of(*(best.count[:1] > 0).nonzero(as_tuple=True)).flatten().tolist())[: int(best.held[0])] == [
-        i for i in at.tolist() if i < n - 32
-    ]
+    stored = {segment.packer.form.name: segment for segment in bare.layer.packed}
+    assert set(stored) == {"zipcache-4", "zipcache-2"}
+    best = stored["zipcache-4"]
+    rows, slots = (best.count[:1] > 0).nonzero(as_tuple=True)
+    positions = best.positions_of(rows, slots)[torch.arange(32) < best.count[rows, slots][:, None]]
+    assert positions.tolist() == [i for i in at.tolist() if i < n - 32]
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -170,7 +171,16 @@ def test_padded_batches_and_unusual_attention(family):
 
 @pytest.mark.parametrize(
     "bad",
-    [dict(tau=0), dict(tau=1.1), dict(tau="a"), dict(store="drop"), dict(recent=0), dict(random=-1), dict(interval=0), dict(high=3)],
+    [
+        dict(tau=0),
+        dict(tau=1.1),
+        dict(tau="a"),
+        dict(store="drop"),
+        dict(recent=0),
+        dict(random=-1),
+        dict(interval=0),
+        dict(high=3),
+    ],
     ids=str,
 )
 def test_impossible_options(bad):

@@ -15,7 +15,9 @@ MODALITY = torch.tensor([TEXT] * 10 + [VIDEO] * 60 + [IMAGE] * 20 + [TEXT] * 10,
 ONES = torch.ones(100)
 
 
-@pytest.mark.parametrize(("amount", "count"), [(0.25, 25), (1.0, 100), (40, 40), (400, 100), ("3200B", 32), ("1KiB", 10)])
+@pytest.mark.parametrize(
+    ("amount", "count"), [(0.25, 25), (1.0, 100), (40, 40), (400, 100), ("3200B", 32), ("1KiB", 10)]
+)
 def test_one_amount(amount, count):
     ((mine, found),) = Budget.of(amount).pools(MODALITY, ONES, bytes_per_token=100.0)
     assert mine.all()

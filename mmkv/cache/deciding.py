@@ -1,0 +1,175 @@
+"""From a layer to what its method is told: builds the `Fill` and the first `Plan` of a batch element."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from mmkv.cache.dense import DenseSegment
+from mmkv.cache.fill import Asked, Fill, Plan
+from mmkv.cache.method import DENSE
+from mmkv.parts.saliency import per_kv_head
+
+if TYPE_CHECKING:
+    from mmkv.cache.layer import KVLayer
+
+
+def fill_of(
+    layer: KVLayer, row: int, asked: Asked | None, decoding: bool = False, residual: int | None = None
+) -> Fill | None:
+    """What a method is told about batch element `row`, None where nothing has left the residual window.
+
+    Args:
+        asked: the attention that has just run.
+        decoding: as `Fill.decoding`.
+        residual: newest tokens that are not decided upon; the method's where None.
+    """
+    state, method = layer.state, layer.state.method
+    residual = method.residual_window if residual is None else residual
+    valid = state.layout.valid[row]
+    first = max(layer.packed_to[row], layer.start)
+    columns = valid[first : layer.seen].nonzero()[:, 0] + first
+    old = columns.numel() - residual
+    if old <= 0:
+        return None
+    at = _at(columns - layer.start, layer.device)
+    marks = None if state.marks is None else state.marks[row, columns[:old]]
+    before = layer.seen - layer.new
+    fresh = int((columns < before).sum())
+    newest = columns[fresh:] - before
+    norms = None
+    if layer.index in state.norms:
+        norms = torch.cat([torch.full((fresh,), torch.nan), state.norms[layer.index][row, newest].float().cpu()])
+    chunks = state.chunk_of
+    fill = Fill(
+        layer=layer.index,
+        layers=state.layers,
+        columns=columns,
+        old=old,
+        fresh=fresh,
+        keys=layer.keys[row, :, at],
+        values=layer.values[row, :, at],
+        query=None if asked is None else asked.query[row][:, _at(newest, asked.query.device)],
+        layout=state.layout.rows(torch.tensor([row])).take(columns),
+        protected=torch.zeros(old, dtype=torch.bool) if marks is None else marks == DENSE,
+        boundary=int(columns[old]) if old < columns.numel() else layer.seen,
+        seen=columns.numel() if any(s.tokens[row] for s in layer.packed) else int(valid[: layer.seen].sum()),
+        scale=1.0 if asked is None else asked.scale,
+        softcap=None if asked is None else asked.softcap,
+        causal=asked is None or asked.causal,
+        bytes_per_token=_bytes_per_token(layer),
+        norms=norms,
+        prompt=None if chunks is None else chunks.modality[row, chunks.valid[row]],
+        decoding=decoding,
+    )
+    if method is not None and method.recalls:
+        fill = _recall(layer, row, fill)
+    if layer.scores is not None and layer.scores.shape[2] == layer.seen:
+        fill.scores = layer.scores[row].gather(1, _places(fill, layer.scores.device))
+    return fill
+
+
+def plan_of(layer: KVLayer, row: int, fill: Fill) -> Plan:
+    """Keep everything, as the marks say: where methods begin."""
+    state = layer.state
+    form = torch.zeros(fill.old, dtype=torch.int8)
+    if not state.forms:
+        form = torch.full_like(form, DENSE)
+    elif state.marks is not None:
+        form = state.marks[row, fill.columns[..., : fill.old].clamp(min=0)]
+    return Plan.everything(fill, form)
+
+
+def attending(layer: KVLayer, asked: Asked) -> list[torch.Tensor] | None:
+    """Sparse prefill: of each batch element, the logical positions int64 that attend and are attended to; None for all.
+
+    Only where a prompt came, all that is held is dense, and the method wants it for every batch element.
+    """
+    method = layer.state.method
+    if method is None or not method.sparse_prefill or layer.window is not None or not all(layer.state.prompted):
+        return None
+    chosen = []
+    for row in range(layer.keys.shape[0]):
+        fill = fill_of(layer, row, asked)
+        found = None if fill is None or fill.fresh else method.attends(fill)
+        if found is None:
+            return None
+        asked.fills[row] = fill
+        chosen.append(fill.columns[found.cpu()])
+    return chosen
+
+
+def accumulate(layer: KVLayer, asked: Asked, which) -> None:
+    """Add the attention of new tokens to each key's mass, `layer.scores`.
+
+    Args:
+        which: rows to count, `CacheMethod.counted_rows` or `recent` of `mmkv.parts.probe_rows`.
+    """
+    batch, heads = layer.keys.shape[:2]
+    if layer.scores is None:
+        layer.scores = torch.zeros(batch, heads, 0, device=layer.device)
+    layer.scores = torch.nn.functional.pad(layer.scores, (0, layer.seen - layer.scores.shape[2]))
+    for row in range(batch):
+        fill = fill_of(layer, row, asked, residual=0)
+        if fill is None:  # padding alone
+            continue
+        mass = per_kv_head(fill.mass(which(fill.length, first=fill.fresh)).sum, heads)
+        layer.scores[row].scatter_add_(1, _places(fill, layer.device), mass)
+
+
+def _places(fill: Fill, device) -> torch.Tensor:
+    """int64 `[Hkv, n]`: where each token's score is; a place without a token has no mass, wherever it points."""
+    return fill.columns.clamp(min=0).expand(fill.heads, -1).to(device)
+
+
+def _at(columns: torch.Tensor, device) -> slice | torch.Tensor:
+    """The same tokens as a slice where they are contiguous: a view in place of a copy."""
+    first, last = (int(columns[0]), int(columns[-1])) if columns.numel() else (0, -1)
+    return slice(first, last + 1) if last - first + 1 == columns.numel() else columns.to(device)
+
+
+def _bytes_per_token(layer: KVLayer) -> float:
+    """Of one token over all layers, KV heads and batch elements, in the main format."""
+    d, dv, forms = layer.keys.shape[-1], layer.values.shape[-1], layer.state.forms
+    bits = 8.0 * layer.keys.element_size() * (d + dv)
+    if forms:
+        key_bits, value_bits = forms[0].bits(d, dv)
+        bits = key_bits * d + value_bits * dv
+    return bits / 8 * layer.keys.shape[0] * layer.keys.shape[1] * layer.state.layers
+
+
+def _recall(layer: KVLayer, row: int, fill: Fill) -> Fill:
+    """Put the tokens that each head stores dense in front of those of the tail."""
+    stored = next((s for s in layer.segments if isinstance(s, DenseSegment) and s.tokens[row]), None)
+    if stored is None:
+        return fill
+    keys, values, positions = stored.of(row)
+    before = _padded(positions, -1).long()
+    most = before.shape[1]
+    columns = torch.cat([before, fill.columns.expand(fill.heads, -1)], 1)
+    layout = layer.state.layout.rows(torch.full((fill.heads,), row))
+    sinks = torch.zeros_like(before, dtype=torch.bool)
+    if layer.state.marks is not None:
+        sinks = (layer.state.marks[row][before.clamp(min=0)] == DENSE) & (before >= 0)
+    return replace(
+        fill,
+        columns=columns,
+        old=fill.old + most,
+        fresh=fill.fresh + most,
+        keys=torch.cat([_padded(keys), fill.keys], 1),
+        values=torch.cat([_padded(values), fill.values], 1),
+        layout=layout.gather(columns.clamp(min=0)),
+        protected=torch.cat([sinks, fill.protected.expand(fill.heads, -1)], 1),
+        present=torch.nn.functional.pad(before >= 0, (0, fill.old), value=True).to(layer.device),
+        recalled=most,
+        norms=None if fill.norms is None else torch.nn.functional.pad(fill.norms, (most, 0), value=torch.nan),
+    )
+
+
+def _padded(parts: list[torch.Tensor], value: int = 0) -> torch.Tensor:
+    """Rows `[n_i, ...]` of different lengths as one tensor `[H, max n, ...]`."""
+    most = max(len(p) for p in parts)
+    pads = [(0, 0) * (p.dim() - 1) + (0, most - len(p)) for p in parts]
+    return torch.stack([torch.nn.functional.pad(p, pad, value=value) for p, pad in zip(parts, pads)])
