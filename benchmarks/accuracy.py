@@ -11,15 +11,12 @@ dense model is right nearly always, and stress, which is made to be hard.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import math
-import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from asking import answers, frames_of, prefill, prompt, questions_of, score
 from common import environment, save
 from rich.console import Console
 from rich.progress import Progress
@@ -29,9 +26,6 @@ import mmkv
 from mmkv._presets import PRESETS
 from mmkv.cache import KIVI, VidKV, WaterfillKV
 from mmkv.models import tiny
-from mmkv.models.tiny import answer, world
-
-SEED = 2**42  # training seeds are below 2**40, the model's own evaluation uses 2**41
 
 STUDY = {
     "kivi-2, groups of 32": KIVI(group=32, channel_group=32),
@@ -54,103 +48,35 @@ STUDY = {
 }
 
 
-class Asker:
-    """Asks the bundled model about one prefilled video at a time."""
-
-    def __init__(self, model, processor):
-        self.model, self.processor = model, processor
-
-    @torch.no_grad()
-    def watch(self, frames: np.ndarray) -> None:
-        """Prefill everything that comes before the question's words."""
-        inputs = answer.prepare(self.processor, frames, "", world.FPS)
-        ids = inputs["input_ids"]
-        end = int((ids[0] == self.model.config.vision_end_token_id).nonzero()[-1]) + 1
-        self.inputs = {k: v for k, v in inputs.items() if k not in ("pixel_values_videos", "attention_mask")}
-        known = {k: v[:, :end] if v.dim() == 2 and v.shape == ids.shape else v for k, v in inputs.items()}
-        self.cache = mmkv.Cache(self.model)
-        self.model(**known, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.video_tokens = int((ids == self.model.config.video_token_id).sum())
-
-    @torch.no_grad()
-    def ask(self, questions: list[str]) -> list[str]:
-        """Greedy answers, all questions as one batch over copies of the cache; the video itself is not given again."""
-        texts = [self._text(question) for question in questions]
-        longest = max(t.shape[1] for t in texts)
-        pads = [longest - t.shape[1] for t in texts]
-        known = self.cache.get_seq_length()
-        past = self.inputs["input_ids"][:, :known]
-        pad = self.processor.tokenizer.pad_token_id
-        ids = torch.cat([torch.cat([past, past.new_full((1, p), pad), t], 1) for p, t in zip(pads, texts)])
-        mask = torch.ones_like(ids)
-        for row, p in enumerate(pads):
-            mask[row, known : known + p] = 0
-        inputs = {
-            k: v.repeat_interleave(len(texts), 0)
-            for k, v in self.inputs.items()
-            if v.shape != self.inputs["input_ids"].shape
-        }
-        inputs |= dict(input_ids=ids, attention_mask=mask)
-        if "mm_token_type_ids" in self.inputs:
-            inputs["mm_token_type_ids"] = (ids == self.model.config.video_token_id).to(ids) * 2
-        cache = copy.deepcopy(self.cache)
-        cache.batch_repeat_interleave(len(texts))
-        out = self.model.generate(**inputs, past_key_values=cache, do_sample=False, max_new_tokens=4)
-        return [
-            a.strip() for a in self.processor.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-        ]
-
-    def _text(self, question: str) -> torch.Tensor:
-        """Ids of what follows the video in the chat template."""
-        parts = [{"type": "video"}, {"type": "text", "text": question}]
-        prompt = self.processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
-        after = prompt.split("<|vision_end|>")[1]
-        return self.processor.tokenizer(after, add_special_tokens=False, return_tensors="pt")["input_ids"]
-
-
-def questions_of(video, count: int, rng) -> list:
-    order = rng.permutation(len(video.questions))[:count]
-    return [video.questions[i] for i in order]
-
-
 def run(model, processor, methods: dict, split: str, frames: int, videos: int, per_video: int) -> list[dict]:
     """One row per method: accuracy, agreement with dense, bits, bytes, seconds."""
-    answers: dict[str, list[str]] = {name: [] for name in methods}
+    given: dict[str, list[str]] = {name: [] for name in methods}
     truth, tasks, seconds = [], [], dict.fromkeys(methods, 0.0)
     reports: dict[str, list] = {name: [] for name in methods}
     tokens = 0
-    with tempfile.TemporaryDirectory() as folder, Progress() as progress:
+    with Progress() as progress:
         bar = progress.add_task(split, total=videos * len(methods))
         for i in range(videos):
-            video = world.make_video(SEED + i, frames, split)
-            world.write_mp4(video.frames, Path(folder) / "video.mp4")
-            seen = world.read_mp4(Path(folder) / "video.mp4")
-            asked = questions_of(video, per_video, np.random.default_rng(SEED + i))
+            seen, asked = frames_of(split, frames, i), questions_of(split, frames, i, per_video)
+            ready = prompt(model, processor, seen, [q.text for q in asked])
+            tokens = int((ready.ids[0] == model.config.video_token_id).sum())
             truth += [q.answer for q in asked]
             tasks += [q.task for q in asked]
             for name, cache in methods.items():
                 with mmkv.wrapped(model, cache=cache):
-                    asker = Asker(model, processor)
-                    asker.watch(seen)
+                    held = prefill(model, ready)
                     reports[name].append(mmkv.report(model))
                     begun = time.perf_counter()
-                    answers[name] += asker.ask([q.text for q in asked])
+                    given[name] += answers(model, processor, ready, held)
                     seconds[name] += time.perf_counter() - begun
-                    tokens = asker.video_tokens
                 progress.advance(bar)
-    return [_row(name, answers, truth, tasks, reports[name], seconds[name], tokens, videos) for name in methods]
+    return [_row(name, given, truth, tasks, reports[name], seconds[name], tokens, videos) for name in methods]
 
 
-def _row(name, answers, truth, tasks, reports, seconds, tokens, videos) -> dict:
-    right = np.array([a == t for a, t in zip(answers[name], truth)])
-    dense = np.array([a == t for a, t in zip(answers["dense"], truth)])
-    lost, won = int((dense & ~right).sum()), int((~dense & right).sum())
+def _row(name, given, truth, tasks, reports, seconds, tokens, videos) -> dict:
     return dict(
         method=name,
-        accuracy=float(right.mean()),
-        loss_points=100 * float(dense.mean() - right.mean()),
-        loss_error=100 * math.sqrt(lost + won) / len(truth),  # standard error of a paired difference
-        agreement=float(np.mean([a == b for a, b in zip(answers[name], answers["dense"])])),
+        **score(given[name], given["dense"], truth),
         questions=len(truth),
         videos=videos,
         video_tokens=tokens,
@@ -159,7 +85,10 @@ def _row(name, answers, truth, tasks, reports, seconds, tokens, videos) -> dict:
         kv_bytes=round(_mean(r.kv_bytes for r in reports)),
         kv_bytes_dense=round(_mean(r.kv_bytes_dense for r in reports)),
         seconds_per_question=seconds / len(truth),
-        tasks={t: float(right[[x == t for x in tasks]].mean()) for t in sorted(set(tasks))},
+        tasks={
+            t: float(np.mean([a == b for a, b, x in zip(given[name], truth, tasks) if x == t]))
+            for t in sorted(set(tasks))
+        },
     )
 
 

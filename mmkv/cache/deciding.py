@@ -46,6 +46,8 @@ def fill_of(
     fill = Fill(
         layer=layer.index,
         layers=state.layers,
+        place=layer.index - sum(i < layer.index for i in state.sliding),
+        places=state.layers - len(state.sliding),
         columns=columns,
         old=old,
         fresh=fresh,

@@ -38,6 +38,7 @@ class Fill:
 
     Args:
         layer, layers: index of the layer, and how many there are.
+        place, places: the same among the layers that decide, those without a sliding window.
         columns: int64 `[n]` on the CPU, logical positions of the real tokens, ascending; padding is not among them.
             Where the method `recalls`, `[Hkv, n]`: first what each head holds already, -1 in places without a token.
         old: how many have left the residual window; those behind them stay whatever is decided, and count as kept.
@@ -73,6 +74,8 @@ class Fill:
     scale: float = 1.0
     softcap: float | None = None
     causal: bool = True
+    place: int = 0
+    places: int = 1
     present: torch.Tensor | None = None
     recalled: int = 0
     boundary: int = 0
@@ -167,7 +170,7 @@ class Plan:
         )
 
     def drop(self, stay: torch.Tensor, fill: Fill) -> None:
-        """Drop the old tokens that are not in `stay` bool `[Hkv, old]`; what is dropped already stays so, protected ones never go."""
+        """Drop the old tokens that are not in `stay` bool `[Hkv, old]`; what is dropped stays so, protected ones never go."""
         self.keep = self.keep & (stay | fill.protected.to(stay.device))
 
     def present(self, fill: Fill) -> torch.Tensor:

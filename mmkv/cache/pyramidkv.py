@@ -29,8 +29,7 @@ class PyramidKV(SnapKV):
         beta: how steeply budgets fall, from 1 (all layers alike); the last layer keeps 1 / `beta` of the mean.
 
     Where we differ: as SnapKV; rounding is symmetric around the middle layer, so that the mean is met exactly (the released
-    code rounds each step down). The line runs over all layers of a model, also over those with a sliding window, which hold
-    their window.
+    code rounds each step down). The line runs over the layers without a sliding window.
     """
 
     beta: float = 20
@@ -43,7 +42,7 @@ class PyramidKV(SnapKV):
 
     def choose(self, score: torch.Tensor, count: int, fill: Fill) -> torch.Tensor:
         held = int((score > -torch.inf).sum(-1).max())
-        return top_per_head(score, self.of_layer(max(count, 0), held, fill.layer, fill.layers))
+        return top_per_head(score, self.of_layer(max(count, 0), held, fill.place, fill.places))
 
     def of_layer(self, mean: int, held: int, layer: int, layers: int) -> int:
         """Tokens that a layer keeps where the mean over the layers is `mean`, and each has `held` to choose from."""

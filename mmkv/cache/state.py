@@ -28,6 +28,7 @@ class CacheState:
         max_bytes: what all layers together may hold after a forward, None for no limit.
         held: bytes of each layer when last counted; peak: the most of their sum.
         layers: how many layers the cache has.
+        sliding: indices of those with a sliding window, which decide nothing.
         norms: fp32 `[B, T]` by layer, norms of the hidden states of this forward, where the method reads them.
         scratch: what several layers of one forward need alike (masks); emptied when the forward ends.
         record_past: keep what a sliding window would drop, so that it can be cropped back.
@@ -36,6 +37,7 @@ class CacheState:
     method: CacheMethod | None = None
     window: int | None = None
     layers: int = 1
+    sliding: tuple[int, ...] = ()
     layout: TokenLayout | None = None
     marks: torch.Tensor | None = None
     fresh: list[bool] = field(default_factory=list)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import random_models as rm
 import torch
 from cache_reference import Bare, held_by_head
 
+import mmkv
 from mmkv.cache import PyramidKV, SnapKV
 from mmkv.layout import VIDEO, TokenLayout
 
@@ -69,3 +71,17 @@ def test_impossible_settings(beta):
     with pytest.raises(ValueError, match="beta") as caught:
         PyramidKV(beta=beta)
     assert "\n" not in str(caught.value)
+
+
+def test_layers_with_a_sliding_window_are_no_part_of_the_line():
+    """Gemma 3's full-attention layers share the budget among themselves."""
+    model = rm.make(
+        "gemma3_text",
+        layers=7,
+        layer_types=["sliding_attention"] * 2 + ["full_attention", "sliding_attention"] + ["full_attention"] * 3,
+    )
+    with mmkv.wrapped(model, cache=[PyramidKV(budget=0.3)]), torch.no_grad():
+        cache = model(torch.tensor([rm.words(400)])).past_key_values
+    counts = [held_by_head(cache.layers[i], 0, 0)[0].numel() for i in (2, 4, 5, 6)]
+    assert counts == sorted(counts, reverse=True)
+    assert sum(counts) == 4 * 120
