@@ -29,7 +29,7 @@ from asking import SEED, Replay, answers, frames_of, prefill, prompt, questions_
 from common import environment, save
 from points import DENSE, Point, alone, points
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import mmkv
@@ -38,6 +38,8 @@ from mmkv.models import tiny
 PROTOCOLS = ("unknown", "known")
 WITHIN = 2.0  # points that a mix may lose
 TRIES = 4  # mixes of one family whose eviction is measured alone at their size
+EFFORT = dict(unknown=1, known=4)  # of a setting on a video: a cache for the video, or one for each question
+QUIET = 30  # seconds between lines of progress where there is no terminal
 RESULT = "benchmarks/results/accuracy-pareto.json"
 
 
@@ -99,18 +101,20 @@ class Bench:
         """Whatever the log does not hold yet."""
         jobs = [(protocol, video) for protocol in protocols for video in videos]
         jobs = [(protocol, video, self.missing(which, protocol, video)) for protocol, video in jobs]
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns) as progress:
-            bar = progress.add_task("", total=sum(len(todo) for *_, todo in jobs))
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        with Progress(*columns, speed_estimate_period=300) as progress:
+            printed = time.monotonic()
+            bar = progress.add_task("", total=sum(EFFORT[protocol] * len(todo) for protocol, _, todo in jobs))
             for protocol, video, todo in jobs:
                 if todo:
                     progress.update(bar, description=f"question {protocol}, video {video + 1} of {videos.stop}")
                     for _ in self._video(todo, protocol, video):
-                        progress.advance(bar)
-                    if not progress.console.is_terminal:
+                        progress.advance(bar, EFFORT[protocol])
+                    if not progress.console.is_terminal and time.monotonic() - printed > QUIET:
+                        printed = time.monotonic()
                         task = progress.tasks[bar]
                         left = "?" if task.time_remaining is None else f"{task.time_remaining / 60:.0f} min left"
-                        print(f"{task.description}: {task.completed:.0f} of {task.total:.0f}, {left}", flush=True)
+                        print(f"{task.description}: {task.percentage:.0f} %, {left}", flush=True)
 
     def _video(self, todo: list[Point], protocol: str, video: int):
         g = self.ground

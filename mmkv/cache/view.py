@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from mmkv import compat
 from mmkv.cache.deciding import attending
 from mmkv.cache.fill import Asked
 from mmkv.cache.mask import LazyMask
-from mmkv.kernels import attend_dense, merge, merge_sinks
+from mmkv.kernels import attend_dense, merge, merge_sinks, prefill_sparse
 
 if TYPE_CHECKING:
     from mmkv.cache.layer import KVLayer
@@ -75,19 +74,15 @@ class View:
                 sliding_window=None, is_causal=None, **other):  # fmt: skip
         """Causal attention among the chosen tokens of each batch element; the others get no output in this layer."""
         self._refuse(mask, dropout, other)
-        layer, scale = self.layer, asked.scale
-        out = query.new_zeros(*query.shape[:3], layer.values.shape[-1])
-        for row, columns in enumerate(chosen):
-            at = (columns - layer.start).to(query.device)
-            q, k, v = (t[row : row + 1, :, at] for t in (query, layer.keys, layer.values))
-            if softcap is None and s_aux is None:
-                part = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-            else:
-                n = torch.arange(len(at), device=query.device)
-                part, lse = attend_dense(q, k, v, scale=scale, mask=n[:, None] >= n, softcap=softcap)
-                part = part if s_aux is None else merge_sinks(part, lse, s_aux)[0]
-            out[row, :, at] = part[0].to(query.dtype)
-        return out.transpose(1, 2).contiguous()
+        layer = self.layer
+        out = [
+            prefill_sparse(
+                query[row], layer.keys[row], layer.values[row], (columns - layer.start).to(query.device),
+                scale=asked.scale, softcap=softcap, sinks=s_aux,
+            )
+            for row, columns in enumerate(chosen)
+        ]  # fmt: skip
+        return torch.stack(out).transpose(1, 2).contiguous()
 
     def _merged(self, query, mask, asked, *, scaling=None, dropout=0.0, softcap=None, s_aux=None,
                 sliding_window=None, is_causal=None, **other):  # fmt: skip

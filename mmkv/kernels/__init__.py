@@ -9,12 +9,13 @@ from .codes import code, gaussian, lloyd, mean_only, minmax, sign, symmetric, te
 from .dispatch import which_kernels
 from .merge import merge, merge_sinks
 from .pack import pack_blocks, unpack_blocks
+from .prefill_sparse import prefill_sparse
 from .probe import Mass, probe
 from .spec import Code, Spec
 from .table import Table
 
 __all__ = [
-    "Blocks", "Code", "Mass", "Spec", "Table", "attend_dense", "attend_packed", "attend_ragged", "code", "gaussian", "hadamard",
-    "lloyd", "mean_only", "merge", "merge_sinks", "minmax", "pack_blocks", "probe", "real_fft", "sign", "symmetric", "ternary",
-    "unpack_blocks", "which_kernels",
+    "Blocks", "Code", "Mass", "Spec", "Table", "attend_dense", "attend_packed", "attend_ragged", "code", "gaussian",
+    "hadamard", "lloyd", "mean_only", "merge", "merge_sinks", "minmax", "pack_blocks", "prefill_sparse", "probe",
+    "real_fft", "sign", "symmetric", "ternary", "unpack_blocks", "which_kernels",
 ]  # fmt: skip

@@ -56,7 +56,7 @@ def attend_ragged(
             mask = _visible(positions.view(b, heads, 1, n), q_positions[:, None, :, None], window)
             mask = mask.repeat_interleave(hq // heads, 1)
         shape = (b, heads, n)
-        return attend_dense(q, k.view(*shape, d), v.view(*shape, -1), scale=scale, mask=mask, softcap=softcap)
+        return attend_dense(q, k.view(*shape, d), v.view(*shape, v.shape[-1]), scale=scale, mask=mask, softcap=softcap)
     by_row = q.reshape(rows, hq // heads, tq, d)
     out = q.new_zeros(rows, hq // heads, tq, v.shape[-1], dtype=torch.float32)
     lse = q.new_full((rows, hq // heads, tq), -torch.inf, dtype=torch.float32)
@@ -71,7 +71,7 @@ def attend_ragged(
             by_row[row : row + 1], k[at][None, None], v[at][None, None], scale=scale, mask=mask, softcap=softcap
         )
         out[row], lse[row] = part[0][0], part[1][0]
-    return out.view(b, hq, tq, -1), lse.view(b, hq, tq)
+    return out.view(b, hq, tq, v.shape[-1]), lse.view(b, hq, tq)
 
 
 def _visible(positions: Tensor, q_positions: Tensor, window: int) -> Tensor:

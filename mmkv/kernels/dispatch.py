@@ -7,7 +7,8 @@ import importlib.util
 import torch
 
 TWINS = {
-    "attend_packed": True, "pack_blocks": True, "attend_dense": False, "attend_ragged": False, "merge": False, "probe": False,
+    "attend_packed": True, "pack_blocks": True, "attend_dense": False, "attend_ragged": False, "merge": False,
+    "prefill_sparse": False, "probe": False,
 }  # fmt: skip
 
 
