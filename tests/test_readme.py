@@ -29,6 +29,13 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     assert answer in out.splitlines()[0]
 
 
+def test_the_examples_of_the_pages_run():
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        names: dict = {}
+        for code in re.findall(r"<!-- example -->\s*```python\n(.*?)```", page.read_text(), re.DOTALL):
+            exec(compile(code, page.name, "exec"), names)
+
+
 def test_the_figures_are_those_of_the_result_files():
     """`python tools/readme.py` writes them; nothing in its marked parts is typed by hand."""
     done = subprocess.run([sys.executable, ROOT / "tools/readme.py", "--check"], cwd=ROOT)
@@ -36,6 +43,6 @@ def test_the_figures_are_those_of_the_result_files():
 
 
 def test_links_to_files_exist():
-    for page in ("README.md", "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / page).read_text()):
-            assert (ROOT / target).exists(), f"{page} links to {target}"
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -33,12 +33,13 @@ class ZipCache(MixedPrecision):
             minimum and scale per channel and group of tokens (0.5 bit at 64).
         newest: share of the prompt's rows that are probes, its last ones; 0.05.
         random: share of the rows that are probes, random ones before those; 0.05.
+        most: probes of each kind at most, so that a long prompt does not pay more and more; None for no limit, as in the paper.
         seed: of the random rows.
         normalize: "paper" divides by the probe rows that see a token; "official" by all rows that see it (the released code;
             it favours late tokens, whose rows are nearly all probes).
         interval: decoded tokens after which those that left the residual window are classified and packed; 100.
 
-    Costs the attention of a tenth of the prompt's queries once more. A block that is not full takes the space of a full one:
+    Costs the attention of the probes once more, up to a tenth of the prompt's. A block that is not full takes the space of a full one:
     100 decoded tokens lie in 128 places.
 
     Where we differ: the released code has one minimum and scale per channel for all tokens of a class (and for the whole
@@ -52,6 +53,7 @@ class ZipCache(MixedPrecision):
     ratio: float = 0.6
     newest: float = 0.05
     random: float = 0.05
+    most: int | None = 128
     seed: int = 0
     normalize: str = "paper"
     interval: int = 100
@@ -63,6 +65,8 @@ class ZipCache(MixedPrecision):
             raise ValueError(
                 f"newest {self.newest}, random {self.random}: possible are shares of the rows, newest above 0, up to 1"
             )
+        if self.most is not None and (isinstance(self.most, bool) or not isinstance(self.most, int) or self.most < 1):
+            raise ValueError(f"most {self.most!r}: possible are whole numbers of queries from 1, or None for no limit")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed {self.seed!r}: a whole number is needed")
         if self.normalize not in ("paper", "official"):
@@ -83,6 +87,8 @@ class ZipCache(MixedPrecision):
             return per_kv_head(mass, fill.heads, "sum")[:, : fill.old]
         new = fill.length - fill.fresh
         newest, random = max(round(self.newest * new), 1), round(self.random * new)
+        if self.most is not None:
+            newest, random = min(newest, self.most), min(random, self.most)
         mass = fill.mass(recent_and_random(fill.length, newest, random, self.seed, fill.fresh))
         seen_by = mass.count
         if self.normalize == "official":

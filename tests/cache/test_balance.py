@@ -22,6 +22,7 @@ def test_factors_by_hand():
     keys = torch.tensor([[[1.0, -8.0, 0.5, 0.0], [-4.0, 2.0, 0.25, 0.0]]])
     values = torch.tensor([[[0.25, 3.0, 0.0, 16.0], [-0.2, -9.0, 0.0, 1.0]]])
     queries = torch.tensor([[[1.0, 0.5, 2.0, 3.0]], [[-0.25, -2.0, 1.0, 3.0]]])  # two heads that share the KV head
+    queries = torch.cat([queries, torch.zeros(2, 7, 4)], 1)
     p.fit(0, keys, values, queries)
     # max |k| = 4, 8, 0.5, 0; max |q| = 1, 2, 2, 3: sqrt(4 / 1), sqrt(8 / 2), sqrt(0.5 / 2), and 1 for a channel of zeros
     assert p.key_balance.tolist() == [[[2.0, 2.0, 0.5, 1.0]]]
@@ -31,10 +32,11 @@ def test_factors_by_hand():
     assert p.stored_values(values, 0, torch.tensor([0]))[0, 1].tolist() == pytest.approx([-0.4, -3.0, 0.0, 0.25])
 
 
-def test_without_queries_keys_are_evened_by_themselves():
+@pytest.mark.parametrize("few", [None, torch.randn(4, 7, 4), torch.randn(4, 0, 4)], ids=["none", "seven", "zero"])
+def test_without_enough_queries_keys_are_evened_by_themselves(few):
     a, b = packer("query_key"), packer("sqrt_max")
     keys = torch.randn(2, 20, 4) * torch.tensor([0.1, 1.0, 10.0, 30.0])
-    a.fit(0, keys)
+    a.fit(0, keys, queries=few)
     b.fit(0, keys, queries=torch.randn(4, 9, 4))
     assert torch.equal(a.key_balance, b.key_balance)
     assert torch.allclose(a.key_balance[0], keys.abs().amax(1).sqrt())
@@ -45,14 +47,14 @@ def test_scores_and_outputs_are_what_they_were():
     p = packer("query_key", "sqrt_max")
     spread = torch.tensor([0.05, 1.0, 5.0, 40.0])
     keys, values = torch.randn(2, 8, 4) * spread, torch.randn(2, 8, 4) * spread.flip(0)
-    queries = torch.randn(4, 5, 4)
+    queries = torch.randn(4, 9, 4)
     p.fit(0, keys, values, queries)
     heads = torch.arange(2)
     k, v = p.stored_keys(keys, 0, heads), p.stored_values(values, 0, heads)
     q = p.query(queries[None])[0]
     for head in range(4):
         assert torch.allclose(q[head] @ k[head // 2].T, queries[head] @ keys[head // 2].T, rtol=1e-4, atol=1e-4)
-    weights = torch.rand(4, 5, 8)
+    weights = torch.rand(4, 9, 8)
     stored = torch.stack([weights[head] @ v[head // 2] for head in range(4)])[None]
     wanted = torch.stack([weights[head] @ values[head // 2] for head in range(4)])
     assert torch.allclose(p.output(stored)[0], wanted, rtol=1e-4, atol=1e-4)
@@ -75,10 +77,10 @@ def test_silent_channels():
     """All zeros, all NaN, or next to nothing at first: the factor stays where later tokens can live with it."""
     p = packer("query_key", "sqrt_max", heads=1)
     values = torch.tensor([0.0, torch.nan, 1e-12, 6e4]).expand(1, 8, 4)
-    p.fit(0, values, values, torch.ones(1, 3, 4))
+    p.fit(0, values, values, torch.ones(1, 8, 4))
     assert p.value_balance[0, 0].tolist() == pytest.approx([1, 1, 1 / 256, 6e4**0.5])
     assert p.key_balance.isfinite().all()
-    p.fit(0, values, values, torch.zeros(1, 3, 4))
+    p.fit(0, values, values, torch.zeros(1, 8, 4))
     assert p.key_balance[0, 0].tolist() == [1, 1, 1, 1]
 
 
@@ -91,7 +93,7 @@ def test_channels_are_ranked_by_what_is_stored():
     )  # fmt: skip
     p = Packer(form, 1, 1, 4, 4, "cpu")
     keys = torch.tensor([[4.0, 3.0, 2.0, 1.0], [-4.0, -3.0, -2.0, -1.0]])[None]
-    queries = torch.tensor([1.0, 1.0, 100.0, 100.0]).expand(1, 2, 4)  # k b: sqrt(4), sqrt(3), sqrt(200), sqrt(100)
+    queries = torch.tensor([1.0, 1.0, 100.0, 100.0]).expand(1, 8, 4)  # k b: sqrt(4), sqrt(3), sqrt(200), sqrt(100)
     p.fit(0, keys, queries=queries)
     assert p.order[0, 0].tolist() == [2, 3, 0, 1]
 

@@ -311,3 +311,21 @@ def test_keeping_everything_stores_nothing():
     assert method.formats() == ()
     bare = Bare(method).feed(300)
     assert not bare.layer.segments
+
+
+def test_a_long_prompt_has_at_most_so_many_probes():
+    """5 % and 5 % of 8,000 rows would be 400 each."""
+    looked = []
+
+    class Counted(Fill):
+        def mass(self, rows):
+            looked.append(len(rows))
+            return super().mass(rows)
+
+    fill = blank(8000)
+    fill.__class__ = Counted
+    for most, count in ((128, 256), (10, 20), (None, 800)):
+        ZipCache(most=most).score(fill)
+        assert looked[-1] == count
+    with pytest.raises(ValueError, match="most"):
+        ZipCache(most=0)
