@@ -11,6 +11,7 @@ Four parts, any of which can be left out:
 
     python benchmarks/low_bit.py
     python benchmarks/low_bit.py --parts language --models smollm2-135m
+    python benchmarks/low_bit.py --write                 # the tables of docs/low-bit.md, from the result files
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from common import environment, save
-from perplexity import MODELS, load, loss, prefilled, restored, scored, size_of, texts
+from perplexity import MODELS, listen, load, loss, restored, scored, size_of, texts
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import DynamicCache
 
 import mmkv
 from mmkv.cache import KIVI, CacheMethod, PackedSegment, Packer, VidKV, WaterfillKV
 from mmkv.cache.waterfill import DISTORTION, waterfill
 from mmkv.kernels import attend_dense
 
+ROOT = Path(__file__).resolve().parent.parent
 TAIL, SINKS = 64, 4
 PREFILL, SCORE = SINKS + 1024 + TAIL, 256  # 1024 tokens are whole groups of every size, so every row has the same tail
 PARTS = ("language", "heads", "sizes", "video")
@@ -53,13 +54,17 @@ def rows() -> dict[str, CacheMethod]:
     for values in (2, 1.58, 1):
         for keys in (2, 1.5, 1.25, 1, 0.75):
             found[f"waterfill {keys:g}/{values:g}"] = water(key_bits=keys, value_bits=values)
-    for keys in (1.5, 1):
-        found[f"waterfill {keys:g}/1.58, gaussian"] = water(key_bits=keys, codebook="gaussian")
-        found[f"waterfill {keys:g}/1.58, levels 0 1 2 4"] = water(key_bits=keys, levels=(0, 1, 2, 4))
-        found[f"waterfill {keys:g}/1.58, levels 0 1 4"] = water(key_bits=keys, levels=(0, 1, 4))
+    for keys in (2, 1.5, 1):
+        found[f"waterfill {keys:g}/1.58, by variance alone"] = water(key_bits=keys, aim="keys")
+    found["waterfill 1.5/1.58, gaussian"] = water(codebook="gaussian")
+    found["waterfill 1.5/1.58, levels 0 1 4"] = water(levels=(0, 1, 4))
     for keys in (1.5, 1.25, 1):
+        found[f"waterfill {keys:g}/1.58, levels 0 1 2 4"] = water(key_bits=keys, levels=(0, 1, 2, 4))
+    for keys in (1.5, 1.25):
         found[f"waterfill {keys:g}/1.58, 8-bit scales"] = water(key_bits=keys, scale_bits=8)
-        found[f"waterfill {keys:g}/1.58, groups of 256"] = water(key_bits=keys, group=256)
+    found["waterfill 1.25/1, 8-bit scales"] = water(key_bits=1.25, value_bits=1, scale_bits=8)
+    found["waterfill 1.5/1.58, groups of 256"] = water(group=256)
+    for keys in (1.5, 1.25, 1):
         found[f"waterfill {keys:g}/1.58, both"] = water(key_bits=keys, group=256, scale_bits=8)
     found["waterfill 1/1, both"] = water(key_bits=1, value_bits=1, group=256, scale_bits=8)
     found["waterfill 0.75/1, both"] = water(key_bits=0.75, value_bits=1, group=256, scale_bits=8)
@@ -74,7 +79,7 @@ def language(name: str, keep: str | None, only: list[str] | None) -> dict:
     """One row a method: perplexity, what it adds to the loss, divergence from dense, and true bits."""
     model, tokenizer = load(name, keep)
     ids = texts(tokenizer, PREFILL + SCORE)
-    dense = [prefilled(model, text[:, :PREFILL], DynamicCache()) for text in ids]
+    dense = [listen(model, text[:, :PREFILL]) for text in ids]
     with mmkv.wrapped(model):
         right = [scored(model, restored(model, d), text, PREFILL).bfloat16() for text, d in zip(ids, dense)]
         sizes = size_of(restored(model, dense[0]))
@@ -120,22 +125,10 @@ def _divergence(truth: torch.Tensor, logits: torch.Tensor) -> float:
     return total / len(logits)
 
 
-@dataclass(frozen=True)
-class Heard(CacheMethod):
-    """Keeps what every layer that attends to everything was asked: (keys, values, queries), and changes nothing."""
-
-    decides = True
-    calls: list = field(default_factory=list, compare=False)
-
-    def decide(self, fill, plan) -> None:
-        self.calls.append((fill.keys.clone(), fill.values.clone(), fill.query[:, -TAIL:].clone()))
-
-
-def heard(model, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    method = Heard()
-    with mmkv.wrapped(model, cache=(method,)):
-        prefilled(model, ids[:, :PREFILL])
-    return method.calls
+def calls_of(model, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Keys, values `[Hkv, T, D]` and queries `[Hq, T, D]` of each layer that attends to everything."""
+    heard = listen(model, ids[:, :PREFILL])
+    return [(call.keys[0], call.values[0], call.asked.query[0]) for call in heard if call.window is None]
 
 
 def in_halves(keys, values, queries):
@@ -150,14 +143,15 @@ def in_halves(keys, values, queries):
 def output_error(method: CacheMethod, keys, values, queries) -> tuple[float, float, float]:
     """Relative squared error of attention over 1024 packed tokens, and true bits of keys and of values."""
     keys, values = keys[:, SINKS : SINKS + 1024], values[:, SINKS : SINKS + 1024]
-    form = method.adapt(method.formats()[0], keys)
+    form = method.adapt(method.formats()[0], keys, queries)
     packer = Packer(form, 1, keys.shape[0], keys.shape[-1], values.shape[-1], keys.device)
     packer.fit(0, keys, values, queries)
     segment = PackedSegment(packer, 0, 1, keys.device)
     segment.append(0, keys, values, torch.arange(1024))
     scale = keys.shape[-1] ** -0.5
-    got, _ = segment.attend(queries[None].float(), scale=scale)
-    want, _ = attend_dense(queries[None].float(), keys[None].float(), values[None].float(), scale=scale)
+    asked = queries[None, :, -TAIL:].float()
+    got, _ = segment.attend(asked, scale=scale)
+    want, _ = attend_dense(asked, keys[None].float(), values[None].float(), scale=scale)
     error = float((got - want).square().sum() / want.square().sum())
     return error, packer.key_spec.bits, packer.value_spec.bits
 
@@ -222,7 +216,7 @@ def video(videos: int) -> dict[str, list[dict]]:
 
     model, processor = tiny.load(dtype=torch.bfloat16)
     methods: dict = {"dense": ()}
-    for bits, values in ((1.5, 1.58), (1, 1.58), (1, 1)):
+    for bits, values in ((1.5, 1.58), (1, 1)):
         name = f"waterfill {bits:g}/{values:g}"
         options = dict(key_bits=bits, value_bits=values, residual=TAIL)
         methods[name] = (WaterfillKV(**options),)
@@ -256,16 +250,94 @@ def show(result: dict) -> None:
         Console().print(table)
 
 
+def tables() -> dict[str, str]:
+    """The tables of docs/low-bit.md by their mark."""
+    result = json.loads((ROOT / "benchmarks/results/low-bit.json").read_text())
+    others = json.loads((ROOT / "benchmarks/results/perplexity.json").read_text())
+    language, out = result["language"], {}
+    by_name = {name: {r["method"]: r for r in part["rows"]} for name, part in language.items()}
+    lines = [
+        _line("cache", *(f"{n}: {k}" for n in language for k in ("bits", "perplexity", "loss added", "divergence")))
+    ]
+    for method in next(iter(by_name.values())):
+        cells = [method]
+        for found in by_name.values():
+            r = found[method]
+            added = f"{r['loss_added']:.3f} ± {r['loss_error']:.3f}" if "loss_added" in r else "-"
+            bits = f"{r['packed_bits']:.2f}" if r["packed_bits"] else "-"
+            cells += [bits, f"{r['perplexity']:.2f}", added, f"{r.get('divergence', 0):.3f}"]
+        lines.append(_line(*cells))
+    out["language"] = _table(lines, [result["environments"][f"language {name}"] for name in language])
+    lines = [_line("cache", *(f"head size {n}: {k}" for n in result["heads"] for k in ("error", "K / V bits")))]
+    for rows_of in zip(*result["heads"].values()):
+        cells = [[f"{r['error']:.3f}", f"{r['key_bits']:.2f} / {r['value_bits']:.2f}"] for r in rows_of]
+        lines.append(_line(rows_of[0]["method"], *sum(cells, [])))
+    out["heads"] = _table(lines, [result["environments"]["heads"]])
+    lines = [_line("key bits", "shared sizes", "own sizes", "bits move between heads")]
+    for r in next(iter(result["sizes"].values())):
+        lines.append(_line(f"{r['key_bits']:g}", "1", f"{r['own']:.3f}", f"{r['free']:.3f}"))
+    out["sizes"] = _table(lines, [result["environments"]["sizes"]])
+    lines = [
+        _line("cache", *(f"{split}: {k}" for split in result["video"] for k in ("accuracy", "points lost", "bits")))
+    ]
+    for rows_of in zip(*result["video"].values()):
+        cells = []
+        for r in rows_of:
+            bits = f"{r['packed_bits']:.2f}" if r["packed_bits"] else "-"
+            cells += [f"{r['accuracy']:.1%}", f"{r['loss_points']:.1f} ± {r['loss_error']:.1f}", bits]
+        lines.append(_line(rows_of[0]["method"], *cells))
+    out["video"] = _table(lines, [result["environments"]["video"]])
+    models = others["models"]
+    lines = [_line("cache", *(f"{n}: {k}" for n in models for k in ("bits", "bytes", "perplexity", "recall")))]
+    for rows_of in zip(*(part["rows"] for part in models.values())):
+        cells = []
+        for r in rows_of:
+            bits = f"{r['packed_bits']:.2f}" if r["packed_bits"] else "-"
+            cells += [bits, f"{r['kv_share']:.0%}", f"{r['perplexity']:.2f}", f"{r['recall']:.0%}"]
+        lines.append(_line(rows_of[0]["method"], *cells))
+    out["others"] = _table(lines, [others["environment"]])
+    return out
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _table(lines: list[str], environments: list[dict]) -> str:
+    rule = "|" + "---|" * (lines[0].count("|") - 1)
+    e = environments[0]
+    commits = ", ".join(sorted({e["commit"] for e in environments}))
+    about = f"Commit {commits}, torch {e['torch']}, transformers {e['transformers']}, {e['device']}."
+    return "\n".join([lines[0], rule, *lines[1:], "", about])
+
+
+def document() -> str:
+    """docs/low-bit.md with the tables of the result files in it."""
+    text = (ROOT / "docs/low-bit.md").read_text()
+    for mark, made in tables().items():
+        before, rest = text.split(f"<!-- figures:{mark} -->", 1)
+        text = (
+            f"{before}<!-- figures:{mark} -->\n{made}\n<!-- /figures:{mark} -->"
+            + rest.split(f"<!-- /figures:{mark} -->", 1)[1]
+        )
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--only", nargs="*", help="names of rows, for the part `language`")
-    parser.add_argument("--videos", type=int, default=20, help="per split")
+    parser.add_argument("--videos", type=int, default=8, help="per split")
     parser.add_argument("--keep", default=None, help="folder for converted models")
     parser.add_argument("--out", default="benchmarks/results/low-bit.json", help="parts that are there already stay")
+    parser.add_argument("--write", action="store_true", help="measure nothing, write the tables of docs/low-bit.md")
     options = parser.parse_args()
 
+    if options.write:
+        page = document()
+        (ROOT / "docs/low-bit.md").write_text(page)
+        return
     about = environment()
     path = Path(options.out)
     result = json.loads(path.read_text()) if path.exists() else {}
@@ -276,7 +348,7 @@ def main() -> None:
         calls = {}
         for name in MODELS:
             model, tokenizer = load(name, options.keep)
-            calls[name] = sum((heard(model, text) for text in texts(tokenizer, PREFILL + SCORE)[:2]), [])
+            calls[name] = sum((calls_of(model, text) for text in texts(tokenizer, PREFILL + SCORE)[:1]), [])
         if "heads" in options.parts:
             new["heads"] = heads(calls)
         if "sizes" in options.parts:
@@ -285,7 +357,8 @@ def main() -> None:
         new["video"] = video(options.videos)
     show(new)
     for part in new:
-        result.setdefault("environments", {})[part] = about
+        names = [f"language {name}" for name in new["language"]] if part == "language" else [part]
+        result.setdefault("environments", {}).update(dict.fromkeys(names, about))
     if "language" in new:
         new["language"] = result.get("language", {}) | new["language"]
     save(options.out, result | dict(tail=TAIL, sinks=SINKS, packed=PREFILL - TAIL - SINKS, scored=SCORE) | new)

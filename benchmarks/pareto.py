@@ -33,6 +33,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 import mmkv
+from mmkv.cache import CacheMethod
 from mmkv.models import tiny
 
 PROTOCOLS = ("unknown", "known")
@@ -59,10 +60,10 @@ class Ground:
 
 @cache
 def code_of(kind: type) -> str:
-    """Digest of the code of a method's module and of those that it inherits from, comments and docstrings left out."""
+    """Digest of the code of a method and of the methods it inherits from, comments and docstrings left out."""
     found = hashlib.sha1()
     for base in kind.__mro__:
-        if base.__module__.startswith("mmkv.cache."):
+        if issubclass(base, CacheMethod) and base is not CacheMethod:
             tree = ast.parse(inspect.getsource(inspect.getmodule(base)))
             for node in ast.walk(tree):
                 if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module) and ast.get_docstring(node):

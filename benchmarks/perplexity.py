@@ -22,10 +22,11 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -35,18 +36,23 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import Cache, HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 import mmkv
 from mmkv._presets import PRESETS
 from mmkv._report import Meter
-from mmkv.cache import KIVI, SnapKV, VidKV, WaterfillKV, state_of
+from mmkv.cache import KIVI, KVLayer, SnapKV, VidKV, WaterfillKV, settle_jointly, state_of
+from mmkv.cache.fill import Asked
 from mmkv.layout import TokenLayout
 from mmkv.parts.storage import storage_bytes
 
 PACKAGES = ("transformers", "timm", "einops", "accelerate", "safetensors")
 MODELS = ("gemma3-270m", "smollm2-135m")
 FACT = "\nRemember this: the secret number of {name} is "
-NAMES = ("Alice", "Bruno", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Iris", "Jonas")
+NAMES = (
+    "Alice", "Bruno", "Clara", "David", "Felix", "Jonas", "Laura", "Simon", "Oscar", "Peter", "Maria", "James", "Henry", "Louis",
+    "Sarah", "Emily", "Kevin", "Brian", "Chris", "Frank", "Grace", "Helen", "Julia", "Megan", "Nancy", "Ralph", "Terry", "Wendy",
+)  # fmt: skip
 
 STUDY = {
     "kivi-2, groups of 32": KIVI(group=32, channel_group=32),
@@ -103,10 +109,10 @@ class HFQuantized:
     group: int = 64
     residual: int = 64
 
-    def store(self, dense: DynamicCache) -> Cache:
-        """The tokens of a dense cache in layers of this class; `QuantizedCache` itself refuses models that slide."""
+    def store(self, heard: list[Heard]) -> Cache:
+        """The tokens of a prefill in layers of this class; `QuantizedCache` itself refuses models that slide."""
         layers = []
-        for held in dense.layers:
+        for held in heard:
             # a tail that grows past its length would be quantized together with all the rest, anew
             made = self.layer(self.bits, self.key_axis, self.value_axis, self.group, residual_length=sys.maxsize)
             cut = (held.keys.shape[2] - self.residual) // self.group * self.group
@@ -116,9 +122,14 @@ class HFQuantized:
         return Cache(layers=layers)
 
     @staticmethod
-    def fork(cache: Cache) -> Cache:
-        """A cache that can be written to without the first one's noticing; what is quantized stays as it is."""
-        return Cache(layers=[copy.copy(layer) for layer in cache.layers])
+    def read(cache: Cache, count: int) -> DynamicCache:
+        """What attention is given of such a cache, `count` rows of it: these layers cannot be repeated."""
+        read = DynamicCache()
+        for i, layer in enumerate(cache.layers):
+            keys = torch.cat([layer._dequantize(layer._quantized_keys), layer.keys], 2)
+            values = torch.cat([layer._dequantize(layer._quantized_values), layer.values], 2)
+            read.update(keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1), i)
+        return read
 
     @staticmethod
     def size(cache: Cache) -> dict:
@@ -151,6 +162,15 @@ HF = {
     "hf hqq 4 bit, keys by channel": HFQuantized(HQQQuantizedLayer, 4, value_axis=1),
     "hf hqq 2 bit, keys by channel": HFQuantized(HQQQuantizedLayer, 2, value_axis=1),
 }
+
+
+def quantized_by_others() -> dict[str, HFQuantized]:
+    """Those of `HF` whose backend is installed; the others are named."""
+    there = {QuantoQuantizedLayer: is_optimum_quanto_available(), HQQQuantizedLayer: is_hqq_available()}
+    for layer, found in there.items():
+        if not found:
+            print(f"no rows of {layer.__name__}: pip install mmkv[bench] brings its backend")
+    return {name: method for name, method in HF.items() if there[method.layer]}
 
 
 def load(name: str = "gemma3-270m", keep: str | None = None):
@@ -202,15 +222,47 @@ def prefilled(model, ids: torch.Tensor, cache=None):
     return model(ids, past_key_values=cache, logits_to_keep=1, use_cache=True).past_key_values
 
 
+@dataclass(frozen=True)
+class Heard:
+    """What a prefill gave one layer.
+
+    Args:
+        keys, values: `[1, Hkv, T, D]`.
+        asked: the attention call, queries included.
+        window: the layer's sliding window, None for none.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    asked: Asked
+    window: int | None
+
+
 @torch.no_grad()
-def restored(model, dense: DynamicCache) -> mmkv.Cache:
-    """What a wrapped model's cache is after the prefill that made `dense`, without that prefill; for methods that look at
-    keys and values alone."""
+def listen(model, ids: torch.Tensor) -> list[Heard]:
+    """Prefill tokens `[1, T]` once, so that every method can be given the same keys, values and queries."""
+    layers: list[Heard] = []
+    settle = KVLayer.settle
+
+    def settled(layer, asked=None):
+        if asked is not None:
+            layers.append(Heard(layer.keys, layer.values, asked, layer.window))
+        settle(layer, asked)
+
+    with mmkv.wrapped(model), patch.object(KVLayer, "settle", settled):
+        prefilled(model, ids)
+    return layers
+
+
+@torch.no_grad()
+def restored(model, heard: list[Heard]) -> mmkv.Cache:
+    """What a wrapped model's cache is after that prefill; for methods that look at keys, values and queries alone."""
     cache = mmkv.Cache(model)
-    state_of(cache).extend(TokenLayout.text(1, dense.get_seq_length()), None)
-    for layer, held in zip(cache.layers, dense.layers):
-        layer.update(held.keys, held.values)
-        layer.settle()
+    state_of(cache).extend(TokenLayout.text(1, heard[0].keys.shape[2]), None)
+    for layer, call in zip(cache.layers, heard):
+        layer.update(call.keys, call.values)
+        layer.settle(replace(call.asked, fills={}))
+    settle_jointly(cache.layers)
     return cache
 
 
@@ -231,50 +283,52 @@ class Needles:
 
     Args:
         ids: `[1, T]`.
-        asked: of each name, the ids `[1, n]` of the question with its right answer.
-        digits: token ids of the answers' first digits, all different, in the order of the names.
+        asked: `[10, n]`, the ids of each question with its right answer.
+        digits: token ids of the answers' first digits, all different, in the order of the questions.
         first: where the answer's first digit lies in `asked`.
+        names: who is asked about.
     """
 
     ids: torch.Tensor
-    asked: list[torch.Tensor]
+    asked: torch.Tensor
     digits: list[int]
-    first: list[int]
+    first: int
+    names: list[str]
 
 
 def needles(tokenizer, text: str, length: int, seed: int) -> Needles:
     """Ten names with five-digit numbers, at even depths of the text's first `length` tokens."""
     rng = random.Random(seed)
+    encode = lambda s: tokenizer(s, add_special_tokens=False).input_ids  # noqa: E731
+    ask = lambda name: "\n" + FACT.format(name=name)  # noqa: E731
+    short = min(len(encode(ask(name))) for name in NAMES)
+    names = [name for name in NAMES if len(encode(ask(name))) == short][:10]  # questions of one length make a batch
     leading = rng.sample(range(10), 10)  # one of ten candidates is then told from the rest by its first digit
     numbers = [f"{d}{rng.randrange(10_000):04d}" for d in leading]
     head = tokenizer(text).input_ids[:length]
     lines = tokenizer.decode(head, skip_special_tokens=True).split("\n")
     places = [round((i + 0.5) / 10 * len(lines)) for i in range(10)]
-    for place, name, number in sorted(zip(places, NAMES, numbers), reverse=True):
+    for place, name, number in sorted(zip(places, names, numbers), reverse=True):
         lines.insert(place, f"{FACT.format(name=name)}{number}. Again, the secret number of {name} is {number}.\n")
-    asked, first = [], []
-    digits: list[int] = []
-    encode = lambda s: tokenizer(s, add_special_tokens=False).input_ids  # noqa: E731
-    for name, number in zip(NAMES, numbers):
-        question = "\n" + FACT.format(name=name)
-        ids, other = encode(question + number), encode(question + str((int(number[0]) + 1) % 10) + number[1:])
-        at = next(i for i, (a, b) in enumerate(zip(ids, other)) if a != b)
-        asked.append(torch.tensor([ids]))
-        first.append(at)
-        digits.append(ids[at])
-    return Needles(tokenizer("\n".join(lines), return_tensors="pt").input_ids, asked, digits, first)
+    asked = torch.tensor([encode(ask(name) + number) for name, number in zip(names, numbers)])
+    first = asked.shape[1] - 5  # both models have a token for each digit
+    ids = tokenizer("\n".join(lines), return_tensors="pt").input_ids
+    return Needles(ids, asked, asked[:, first].tolist(), first, names)
 
 
 @torch.no_grad()
-def recall(model, cache, fork: Callable, found: Needles) -> tuple[int, int]:
+def recall(model, cache, found: Needles) -> tuple[int, int]:
     """Questions answered right out of ten: the true number is the likeliest of the ten in the text, and every digit of it
-    is the likeliest token of all."""
-    chosen = exact = 0
-    for i, (ids, at) in enumerate(zip(found.asked, found.first)):
-        logits = model(ids[:, :-1], past_key_values=fork(cache)).logits[0, at - 1 :].float()
-        chosen += int(logits[0, found.digits].argmax()) == i
-        exact += bool((logits.argmax(-1) == ids[0, at:]).all())
-    return chosen, exact
+    is the likeliest token of all.
+
+    Args:
+        cache: ten rows of the text.
+    """
+    at, asked = found.first, found.asked
+    logits = model(asked[:, :-1], past_key_values=cache).logits[:, at - 1 :].float()
+    chosen = logits[:, 0, found.digits].argmax(-1) == torch.arange(len(asked))
+    exact = (logits.argmax(-1) == asked[:, at:]).all(1)
+    return int(chosen.sum()), int(exact.sum())
 
 
 @dataclass(frozen=True)
@@ -285,13 +339,13 @@ class Task:
         prefill: tokens of a text that are in the cache.
         ids: `[1, prefill + scored]` of each text.
         needles: texts with needles.
-        dense: the prefilled cache of each of `ids`, and then of each of `needles`.
+        heard: the prefill of each of `ids`, and then of each of `needles`.
     """
 
     prefill: int
     ids: list[torch.Tensor]
     needles: list[Needles]
-    dense: list[DynamicCache]
+    heard: list[list[Heard]]
 
 
 def task_of(model, tokenizer, options) -> Task:
@@ -299,22 +353,22 @@ def task_of(model, tokenizer, options) -> Task:
     found = [needles(tokenizer, text, options.haystack, i) for i, text in enumerate(descriptions())]
     found = [n for n in found if n.ids.shape[1] >= options.haystack][: options.haystacks]
     prompts = [text[:, : options.prefill] for text in ids] + [n.ids for n in found]
-    return Task(options.prefill, ids, found, [prefilled(model, prompt, DynamicCache()) for prompt in prompts])
+    return Task(options.prefill, ids, found, [listen(model, prompt) for prompt in prompts])
 
 
 def measure(model, task: Task, store: Callable, fork: Callable) -> dict:
     """Perplexity and recall of one way to store.
 
     Args:
-        store: makes a cache of a prompt's ids and the dense cache of its prefill.
-        fork: copies such a cache.
+        store: makes a cache of a prefill.
+        fork: makes as many rows of such a cache as asked, and leaves it as it was.
     """
     losses, right = [], []
-    for text, dense in zip(task.ids, task.dense):
-        logits = scored(model, store(text[:, : task.prefill], dense), text, task.prefill)
+    for text, heard in zip(task.ids, task.heard):
+        logits = scored(model, store(heard), text, task.prefill)
         losses.append(loss(logits, text, task.prefill).mean())
-    for found, dense in zip(task.needles, task.dense[len(task.ids) :]):
-        right.append(recall(model, store(found.ids, dense), fork, found))
+    for found, heard in zip(task.needles, task.heard[len(task.ids) :]):
+        right.append(recall(model, fork(store(heard), len(found.asked)), found))
     row: dict = dict(perplexity=math.exp(sum(losses) / len(losses)))
     if right:
         chosen, exact = (sum(r) / (10 * len(right)) for r in zip(*right))
@@ -325,11 +379,14 @@ def measure(model, task: Task, store: Callable, fork: Callable) -> dict:
 def ours(model, task: Task, cache) -> dict:
     """A row of our methods; the size is that after a text's prefill."""
     with mmkv.wrapped(model, cache=cache):
-        looks = any(method.decides or method.reads_embeddings for method in cache)
-        store = lambda ids, dense: prefilled(model, ids) if looks else restored(model, dense)  # noqa: E731
-        row = measure(model, task, store, copy.deepcopy)
-        held = store(task.ids[0][:, : task.prefill], task.dense[0])
-        return row | size_of(held)
+        store = lambda heard: restored(model, heard)  # noqa: E731
+        return measure(model, task, store, _rows) | size_of(store(task.heard[0]))
+
+
+def _rows(cache: mmkv.Cache, count: int) -> mmkv.Cache:
+    cache = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(count)
+    return cache
 
 
 def size_of(cache: mmkv.Cache) -> dict:
@@ -342,8 +399,7 @@ def size_of(cache: mmkv.Cache) -> dict:
 
 def theirs(model, task: Task, method: HFQuantized) -> dict:
     """A row of transformers' quantized layers."""
-    row = measure(model, task, lambda ids, dense: method.store(dense), method.fork)
-    return row | method.size(method.store(task.dense[0]))
+    return measure(model, task, method.store, method.read) | method.size(method.store(task.heard[0]))
 
 
 def run(model, tokenizer, options, rows: dict) -> dict:
@@ -389,7 +445,7 @@ def main() -> None:
     options.haystacks = 0 if options.study else options.haystacks
     about = environment()  # now: the tree may have moved on by the end
     rows: dict = {"dense": ()} | {name: preset.cache for name, preset in PRESETS.items()}
-    rows |= {name: (method,) for name, method in STUDY.items()} if options.study else OTHERS | HF
+    rows |= {name: (method,) for name, method in STUDY.items()} if options.study else OTHERS | quantized_by_others()
     if options.only:
         rows = {name: row for name, row in rows.items() if name in ("dense", *options.only)}
     results = {}

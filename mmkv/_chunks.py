@@ -32,7 +32,8 @@ class Pieces:
             raise ValueError("prefill_chunk takes the 2-D padding mask; another attention_mask was given")
         self.module, self.kwargs, self.layout, self.state = module, kwargs, layout, state
         length = len(layout)
-        self.spans = [slice(i, min(i + size, length)) for i in range(0, length, size)]
+        step = -(-length // -(-length // size))  # chunks of one length, so that the last is no scrap
+        self.spans = [slice(i, min(i + step, length)) for i in range(0, length, step)]
         last = self.spans[-1].stop - self.spans[-1].start
         wanted = inputs.get("logits_to_keep", 0)
         # nobody reads the hidden states of the tokens before
@@ -43,8 +44,9 @@ class Pieces:
         """Run all chunks but the last, and enter the last into the state; returns the keywords to run it with."""
         self.state.chunk_of = self.layout
         for span in self.spans:
+            self.state.more = span is not self.spans[-1]
             self.state.extend(self.layout.take(span), None if embeds is None else embeds[:, span])
-            if span is not self.spans[-1]:
+            if self.state.more:
                 self.module(**self._cut(span))
         return self._cut(self.spans[-1])
 

@@ -34,9 +34,13 @@ PRESETS = {
             (VidKV(stp=0.2),),
             "vidkv, with 2-bit values for the fifth of the vision tokens closest to the text",
         ),
+        Preset("waterfill", (WaterfillKV(),), "key bits where they matter (1.5 on average), rotated ternary values"),
         Preset(
-            "waterfill", (WaterfillKV(),), "key bits where the variance is (1.5 on average), rotated ternary values"
+            "waterfill-1",
+            (WaterfillKV(key_bits=1.25, value_bits=1, scale_bits=8),),
+            "key bits where they matter (1.25 on average), rotated values at 1 bit, 8-bit scales",
         ),
+        Preset("auto", (WaterfillKV(),), "the default: waterfill, which measured best of those below 2 bits"),
     )
 }
 

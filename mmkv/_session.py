@@ -120,7 +120,7 @@ class Session:
 
     def _after_model(self, module, args, output):
         if self._pieces is not None:
-            self._pieces.state.chunk_of = None
+            self._pieces.state.chunk_of, self._pieces.state.more = None, False
         self._inputs, self._pieces = {}, None
         self.meter.stop()
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import mmkv
-from mmkv.cache import WaterfillKV
+from mmkv.cache import PyramidKV, SnapKV, WaterfillKV
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -51,13 +51,13 @@ def model():
 def test_needles_are_in_the_text_and_told_apart_by_their_first_digit(found):
     text = Letters().decode(found.ids[0].tolist())
     assert len(set(found.digits)) == 10
-    for name, ids, first, digit in zip(perplexity.NAMES, found.asked, found.first, found.digits):
-        question = Letters().decode(ids[0].tolist())
+    for name, ids, digit in zip(found.names, found.asked, found.digits):
+        question = Letters().decode(ids.tolist())
         number = question[-5:]
         assert number.isdigit()
         assert text.count(f"the secret number of {name} is {number}") == 2
-        assert ids[0, first] == digit == ord(number[0])
-    depths = [text.index(f"number of {name} is") / len(text) for name in perplexity.NAMES]
+        assert ids[found.first] == digit == ord(number[0])
+    depths = [text.index(f"number of {name} is") / len(text) for name in found.names]
     assert depths == sorted(depths)
     assert depths[0] < 0.1
     assert depths[-1] > 0.85
@@ -68,21 +68,30 @@ def test_recall_counts_right_answers(found, shift, right):
     """A model that says the next token, or the one after it in the alphabet (the answer of another name)."""
 
     def say(ids, past_key_values):
-        asked = next(a for a in found.asked if a.shape[1] > ids.shape[1] and torch.equal(a[:, : ids.shape[1]], ids))
-        digit = asked[0, 1:]
+        assert torch.equal(ids, found.asked[:, :-1])
+        digit = found.asked[:, 1:]
         said = torch.where((digit >= 48) & (digit < 58), (digit - 48 + shift) % 10 + 48, digit)
-        return SimpleNamespace(logits=torch.nn.functional.one_hot(said, 128)[None].float())
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(said, 128).float())
 
-    assert perplexity.recall(say, None, lambda cache: cache, found) == right
+    assert perplexity.recall(say, None, found) == right
 
 
-def test_a_restored_cache_is_that_of_a_prefill(model):
+@pytest.mark.parametrize(
+    "cache",
+    [
+        (WaterfillKV(group=32, residual=32),),
+        (SnapKV(budget=0.5),),
+        (PyramidKV(budget=0.5),),
+        (SnapKV(budget=0.7), WaterfillKV(group=32)),
+    ],
+    ids=lambda cache: type(cache[0]).__name__ + str(len(cache)),
+)
+def test_a_restored_cache_is_that_of_a_prefill(model, cache):
     ids = torch.randint(0, 64, (1, 200), generator=torch.Generator().manual_seed(0))
-    dense = perplexity.prefilled(model, ids[:, :180], DynamicCache())
-    with mmkv.wrapped(model, cache=WaterfillKV(group=32, residual=32, sinks=4)):
-        restored = perplexity.restored(model, dense)
+    heard = perplexity.listen(model, ids[:, :180])
+    with mmkv.wrapped(model, cache=cache):
+        restored = perplexity.restored(model, heard)
         sizes = perplexity.size_of(restored)
-        assert sizes["packed_bits"] < 3
         assert sizes["kv_bytes"] == perplexity.size_of(perplexity.prefilled(model, ids[:, :180]))["kv_bytes"]
         want = perplexity.scored(model, perplexity.prefilled(model, ids[:, :180]), ids, 180)
         got = perplexity.scored(model, restored, ids, 180)
@@ -94,20 +103,19 @@ def test_size_of_transformers_quantized_layers(layer, package):
     """2 bits a code, and fp16 scale and zero point for every 64: 2.5 bits; the rest of the prompt is a dense tail."""
     pytest.importorskip(package)
     kind = getattr(perplexity, f"{layer}QuantizedLayer")
-    dense = DynamicCache()
-    dense.update(torch.randn(1, 2, 200, 64).half(), torch.randn(1, 2, 200, 64).half(), 0)
+    keys, values = torch.randn(1, 2, 200, 64).half(), torch.randn(1, 2, 200, 64).half()
     method = perplexity.HFQuantized(kind, 2)
-    cache = method.store(dense)
+    cache = method.store([perplexity.Heard(keys, values, None, None)])
     old = 128  # (200 - 64) // 64 groups
     codes = 2 * 2 * old * 64
     packed, tail = codes * 2 / 8 + codes / 64 * 4, 2 * 2 * (200 - old) * 64 * 2
     assert method.size(cache) == pytest.approx(
         dict(packed_bits=2.5, kv_bytes=packed + tail, kv_bits=8 * (packed + tail) / (2 * 2 * 200 * 64))
     )
-    fork = method.fork(cache)
-    fork.update(torch.zeros(1, 2, 5, 64).half(), torch.zeros(1, 2, 5, 64).half(), 0)
-    assert cache.layers[0].keys.shape[2] == 200 - old
-    assert fork.layers[0].keys.shape[2] == 205 - old
+    read = method.read(cache, 3).layers[0]
+    assert read.keys.shape == (3, 2, 200, 64)
+    torch.testing.assert_close(read.values[1, :, old:], values[0, :, old:])
+    assert (read.keys - keys).abs().max() < 3
 
 
 def test_heads_cut_in_two_keep_every_product():

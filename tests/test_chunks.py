@@ -114,3 +114,19 @@ def test_a_failed_chunk_leaves_the_model_usable():
         cache = DynamicCache(config=model.config)
         model(ids, past_key_values=cache)
         assert cache.get_seq_length() == 200
+
+
+@pytest.mark.parametrize("chunk", [64, 100, 128, 300])
+def test_survivors_of_small_chunks_fill_whole_blocks(chunk):
+    """A few tokens survive each chunk; they wait for one another, so that no chunk leaves a block that is nearly empty."""
+    model = rm.make("qwen2")
+    sizes = {}
+    for size in (None, chunk):
+        with mmkv.wrapped(model, cache=[SnapKV(budget=0.3), KIVI(group=64, residual=32)], prefill_chunk=size):
+            cache = model(torch.tensor([rm.words(1200)])).past_key_values
+            sizes[size] = mmkv.report(model).kv_bytes
+        for layer in cache.layers:
+            for head in range(2):
+                blocks = sum(int((s.count[head] > 0).sum()) for s in layer.packed)
+                assert blocks <= 360 // 64 + 1
+    assert sizes[chunk] < 1.15 * sizes[None]

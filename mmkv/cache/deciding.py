@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mmkv.cache.dense import DenseSegment
 from mmkv.cache.fill import Asked, Fill, Plan
 from mmkv.cache.method import DENSE
 from mmkv.parts.saliency import per_kv_head
@@ -144,11 +143,10 @@ def _bytes_per_token(layer: KVLayer) -> float:
 
 def _recall(layer: KVLayer, row: int, fill: Fill) -> Fill:
     """Put the tokens that each head stores dense in front of those of the tail."""
-    stored = next((s for s in layer.segments if isinstance(s, DenseSegment) and s.tokens[row]), None)
-    if stored is None:
+    stored = layer.dense_segment(make=False)
+    if stored is None or not stored.tokens[row]:
         return fill
-    keys, values, positions = stored.of(row)
-    before = _padded(positions, -1).long()
+    keys, values, before = stored.padded(row)
     most = before.shape[1]
     columns = torch.cat([before, fill.columns.expand(fill.heads, -1)], 1)
     layout = layer.state.layout.rows(torch.full((fill.heads,), row))
@@ -160,18 +158,11 @@ def _recall(layer: KVLayer, row: int, fill: Fill) -> Fill:
         columns=columns,
         old=fill.old + most,
         fresh=fill.fresh + most,
-        keys=torch.cat([_padded(keys), fill.keys], 1),
-        values=torch.cat([_padded(values), fill.values], 1),
+        keys=torch.cat([keys, fill.keys], 1),
+        values=torch.cat([values, fill.values], 1),
         layout=layout.gather(columns.clamp(min=0)),
         protected=torch.cat([sinks, fill.protected.expand(fill.heads, -1)], 1),
         present=torch.nn.functional.pad(before >= 0, (0, fill.old), value=True).to(layer.device),
         recalled=most,
         norms=None if fill.norms is None else torch.nn.functional.pad(fill.norms, (most, 0), value=torch.nan),
     )
-
-
-def _padded(parts: list[torch.Tensor], value: int = 0) -> torch.Tensor:
-    """Rows `[n_i, ...]` of different lengths as one tensor `[H, max n, ...]`."""
-    most = max(len(p) for p in parts)
-    pads = [(0, 0) * (p.dim() - 1) + (0, most - len(p)) for p in parts]
-    return torch.stack([torch.nn.functional.pad(p, pad, value=value) for p, pad in zip(parts, pads)])

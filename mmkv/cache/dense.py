@@ -6,6 +6,7 @@ from itertools import accumulate
 
 import torch
 
+from mmkv.cache.method import DENSE
 from mmkv.kernels import attend_ragged
 
 
@@ -14,10 +15,14 @@ class DenseSegment:
     those of its head 1, and so on, never padded. `lengths` says how many each (batch element, KV head) has.
 
     The same calls as `PackedSegment`.
+
+    Args:
+        batch, heads: B and Hkv.
+        role: `DENSE` for tokens that stay as they are; the index of a format for those that wait until they fill a block.
     """
 
-    def __init__(self, batch: int, heads: int):
-        self.heads = heads
+    def __init__(self, batch: int, heads: int, role: int = DENSE):
+        self.heads, self.role = heads, role
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.positions = torch.zeros(0, dtype=torch.int32)  # [N], logical, on the CPU; ascending within a row
@@ -73,6 +78,13 @@ class DenseSegment:
         offsets, first = self.offsets, row * self.heads
         at = [slice(offsets[r], offsets[r + 1]) for r in range(first, first + self.heads)]
         return [self.keys[s] for s in at], [self.values[s] for s in at], [self.positions[s] for s in at]
+
+    def padded(self, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same as one tensor each: keys `[Hkv, m, D]`, values `[Hkv, m, Dv]`, positions int64 `[Hkv, m]` on the CPU; heads
+        that hold fewer have places with position -1.
+        """
+        keys, values, positions = self.of(row)
+        return _padded(keys), _padded(values), _padded(positions, -1).long()
 
     def take(self, row: int) -> None:
         """Let go of all tokens of a batch element."""
@@ -130,3 +142,10 @@ def _insert(old: torch.Tensor, new: torch.Tensor, offsets: list[int], first: int
         pieces += [old[at:end], new[taken : taken + count]]
         at, taken = end, taken + count
     return torch.cat([*pieces, old[at:]])
+
+
+def _padded(parts: list[torch.Tensor], value: int = 0) -> torch.Tensor:
+    """Rows `[n_i, ...]` of different lengths as one tensor `[H, max n, ...]`."""
+    most = max(len(p) for p in parts)
+    pads = [(0, 0) * (p.dim() - 1) + (0, most - len(p)) for p in parts]
+    return torch.stack([torch.nn.functional.pad(p, pad, value=value) for p, pad in zip(parts, pads)])

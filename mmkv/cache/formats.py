@@ -17,6 +17,7 @@ from mmkv.kernels import Spec, hadamard, pack_blocks, real_fft
 from mmkv.kernels.pack import FP16_MAX
 from mmkv.kernels.spec import Code
 
+LEAST_QUERIES = 8  # whose largest number says something about a channel; a single decoded one's says nothing
 MOST_BALANCE = 256.0  # sqrt(FP16_MAX); a channel that was silent when its segment opened may still speak up later
 
 
@@ -44,13 +45,14 @@ class Side:
     Args:
         axis: "channel" (a group is one channel over `PackFormat.group` tokens) or "token" (channels of one token).
         classes: channel classes; channels are ranked by `rank`, the widest go to the first class.
-        rank: statistic over the tokens that orders the channels: "none", "range" (max - min) or "std".
+        rank: statistic over the tokens that orders the channels: "none", "range" (max - min), "std", or "score" (variance
+            times the root mean square of the queries, `weighed_variance`).
         joint_rank: one order for all KV heads of a layer (VidKV), else one per head.
         basis: "none" or "hadamard" (random-sign Hadamard rotation of the head's channels).
         balance: a factor per channel that evens channels out, taken from the tokens that open a segment. They are stored divided
             by it; the query (keys) or the output (values) is multiplied. "none", "sqrt_max" (sqrt(max |x|), ZipCache's
             channel-separable tokenwise quantizer, arXiv 2405.14256) or, for keys, "query_key" (sqrt(max |k| / max |q|), MiKV's
-            balancer, arXiv 2402.18096; as "sqrt_max" where no query is known).
+            balancer, arXiv 2402.18096; as "sqrt_max" where fewer than 8 queries are known).
         channel_group: with axis "token", channels that share a scale; 0 for the whole head.
         scale_bits: 16 (fp16) or 8 (logarithmic bytes).
     """
@@ -165,7 +167,7 @@ class Packer:
             self.value_balance[row] = _evening(_peak(values))
         if self.key_balance is not None:
             asked = None
-            if self.form.keys.balance == "query_key" and queries is not None and queries.shape[1]:
+            if self.form.keys.balance == "query_key" and queries is not None and queries.shape[1] >= LEAST_QUERIES:
                 asked = _peak(queries).unflatten(0, (self.heads, -1)).amax(1)
             self.key_balance[row] = _evening(_peak(keys), asked)
         if self.order is None:
@@ -177,7 +179,7 @@ class Packer:
             low, high = keys.amin(1), keys.amax(1)  # [Hkv, D]
             spread = high.amax(0, keepdim=True) - low.amin(0, keepdim=True) if self.form.keys.joint_rank else high - low
         else:
-            spread = keys.var(1, unbiased=False)
+            spread = weighed_variance(keys, queries if self.form.keys.rank == "score" else None)
             spread = spread.mean(0, keepdim=True) if self.form.keys.joint_rank else spread
         spread = torch.nan_to_num(spread, nan=0.0)
         ranked = spread.argsort(dim=-1, descending=True, stable=True)
@@ -263,6 +265,26 @@ class Packer:
     def tensors(self) -> list[torch.Tensor]:
         """Channel orders and balances that it holds, for the count of bytes."""
         return [t for t in (self.order, self.key_balance, self.value_balance) if t is not None]
+
+
+def weighed_variance(keys: torch.Tensor, queries: torch.Tensor | None) -> torch.Tensor:
+    """Variance of each key channel over the tokens, times the root mean square of the queries that it is multiplied with.
+
+    The mean square itself would give what a channel adds to the variance of the attention scores; its root, halfway to
+    the keys' own variance, measured better on both models of benchmarks/low_bit.py.
+
+    Args:
+        keys: `[Hkv, T, D]`.
+        queries: `[Hq, Tq, D]`; None or empty for the variance alone.
+
+    Returns:
+        fp32 `[Hkv, D]`.
+    """
+    variance = torch.nan_to_num(keys.float().var(1, unbiased=False), nan=0.0)
+    if queries is None or not queries.shape[1]:
+        return variance
+    square = torch.linalg.vector_norm(queries, dim=1, dtype=torch.float32).square() / queries.shape[1]
+    return variance * square.unflatten(0, (len(keys), -1)).mean(1).sqrt()
 
 
 def _by_query_head(balance: torch.Tensor, query_heads: int) -> torch.Tensor:

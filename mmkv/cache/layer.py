@@ -128,7 +128,7 @@ class KVLayer(CacheLayerMixin):
     def _pack(self, asked: Asked | None) -> None:
         for row in range(len(self.packed_to)):
             if not self._decided(row, asked):
-                self._flush(row)
+                self._flush(row, asked)
         self.trim(min(self.packed_to))
 
     def _decided(self, row: int, asked: Asked | None) -> bool:
@@ -163,11 +163,12 @@ class KVLayer(CacheLayerMixin):
             self.dense_segment().take(row)
         for role in (DENSE, *range(len(self.state.forms))):
             mask = plan.keep & (plan.form == role)
-            if bool(mask.any()):
-                segment = self.dense_segment() if role == DENSE else self._segment(row, role, plan.keys)
-                if role != DENSE and not segment.tokens[row]:
-                    segment.packer.fit(row, plan.keys, plan.values, fill.query)
-                segment.append(row, plan.keys, plan.values, columns, mask)
+            if not bool(mask.any()):
+                continue
+            if role == DENSE:
+                self.dense_segment().append(row, plan.keys, plan.values, columns, mask)
+            else:
+                self._fill_blocks(row, role, plan.keys, plan.values, columns, mask, fill.query)
         for summary in plan.summaries:
             self._summary_segment().append(row, *summary)
         self.packed_to[row] = fill.boundary
@@ -175,7 +176,36 @@ class KVLayer(CacheLayerMixin):
             self.evicted_to[row] = self.packed_to[row]
         return True
 
-    def _flush(self, row: int) -> None:
+    def _fill_blocks(self, row: int, role: int, keys, values, columns, mask, queries) -> None:
+        """Pack the chosen tokens of each head, and those that have waited; what fills no block waits if that takes less.
+
+        Args:
+            keys, values: `[Hkv, n, D]`.
+            columns: int64 `[n]` or `[Hkv, n]` on the CPU; mask: bool `[Hkv, n]`.
+            queries: `[Hq, T, D]` of the forward, None where there were none.
+        """
+        waiting = self.dense_segment(role)
+        if waiting.tokens[row]:
+            old_keys, old_values, before = waiting.padded(row)
+            columns = torch.cat([before, columns.expand(len(before), -1)], 1)
+            keys, values = torch.cat([old_keys, keys], 1), torch.cat([old_values, values], 1)
+            mask = torch.cat([(before >= 0).to(mask.device), mask], 1)
+            waiting.take(row)
+        segment = self._segment(row, role, keys, queries)
+        form, (d, dv) = segment.packer.form, (keys.shape[-1], values.shape[-1])
+        key_bits, value_bits = form.bits(d, dv)
+        block = (key_bits * d + value_bits * dv) / 8 * form.group
+        rest = mask.sum(1) % form.group
+        waits = (rest * keys.element_size() * (d + dv) < block) | self.state.more
+        whole = mask & (mask.cumsum(1) <= (mask.sum(1) - rest * waits)[:, None])
+        if bool(whole.any()):
+            if not segment.tokens[row]:
+                segment.packer.fit(row, keys, values, queries)
+            segment.append(row, keys, values, columns, whole)
+        waiting.append(row, keys, values, columns, mask & ~whole)
+        self.segments = [s for s in self.segments if not s.empty]
+
+    def _flush(self, row: int, asked: Asked | None) -> None:
         """Store whole groups that have left the residual window, as the marks say."""
         forms, residual = self.state.forms, self.state.method.residual_window
         if not forms or self.keys.shape[2] < residual + forms[0].group:
@@ -188,12 +218,12 @@ class KVLayer(CacheLayerMixin):
         marks = None if self.state.marks is None else self.state.marks[row, columns]
         parts, cut = split(columns, marks, forms)
         for part in parts:
-            self._store(row, part.form, part.columns)
+            self._store(row, part.form, part.columns, asked)
         # padding before the first token that waits is nothing to keep
         waiting = held[held >= cut]
         self.packed_to[row] = int(waiting[0]) if waiting.numel() else self.seen
 
-    def _store(self, row: int, role: int, columns: torch.Tensor) -> None:
+    def _store(self, row: int, role: int, columns: torch.Tensor, asked: Asked | None) -> None:
         """Pack the tokens at these logical positions of a batch element, in the format of their role."""
         at = (columns - self.start).to(self.device)
         span = int(columns[-1] - columns[0]) + 1
@@ -206,9 +236,13 @@ class KVLayer(CacheLayerMixin):
         # new media shape the segment they open; old tokens that had waited in the tail do not
         recent = int((columns < self.seen - self.new).sum())
         typical = keys[:, recent:] if columns.numel() - recent >= self.state.forms[role].group else keys
-        segment = self._segment(row, role, typical)
+        queries = None
+        if asked is not None:
+            new = self.state.layout.valid[row, self.seen - self.new : self.seen]
+            queries = asked.query[row] if bool(new.all()) else asked.query[row][:, new.to(asked.query.device)]
+        segment = self._segment(row, role, typical, queries)
         if not segment.tokens[row]:
-            segment.packer.fit(row, typical, values[:, values.shape[1] - typical.shape[1] :])
+            segment.packer.fit(row, typical, values[:, values.shape[1] - typical.shape[1] :], queries)
         segment.append(row, keys, values, columns)
 
     @property
@@ -216,11 +250,18 @@ class KVLayer(CacheLayerMixin):
         """The segments that hold codes."""
         return [segment for segment in self.segments if isinstance(segment, PackedSegment)]
 
-    def dense_segment(self) -> DenseSegment:
+    def dense_segment(self, role: int = DENSE, make: bool = True) -> DenseSegment | None:
+        """The segment of tokens that stay as they are, or of those that wait until they fill a block of format `role`.
+
+        Args:
+            make: make it where there is none; else None is returned.
+        """
         for segment in self.segments:
-            if isinstance(segment, DenseSegment):
+            if isinstance(segment, DenseSegment) and segment.role == role:
                 return segment
-        made = DenseSegment(self.keys.shape[0], self.keys.shape[1])
+        if not make:
+            return None
+        made = DenseSegment(self.keys.shape[0], self.keys.shape[1], role)
         self.segments.append(made)
         return made
 
@@ -232,12 +273,12 @@ class KVLayer(CacheLayerMixin):
         self.segments.append(made)
         return made
 
-    def _segment(self, row: int, role: int, keys: torch.Tensor) -> PackedSegment:
+    def _segment(self, row: int, role: int, keys: torch.Tensor, queries: torch.Tensor | None) -> PackedSegment:
         """The segment that batch element `row` appends to: the last it has, or another one where new media came."""
         mine = [s for s in self.packed if s.role == role and s.tokens[row]]
         if mine and not (self.state.fresh and self.state.fresh[row]):
             return mine[-1]
-        form = self.state.method.adapt(self.state.forms[role], keys)
+        form = self.state.method.adapt(self.state.forms[role], keys, queries)
         for segment in reversed(self.packed):  # one that other batch elements opened serves as well
             if segment.role == role and segment.packer.form == form and not segment.tokens[row]:
                 return segment

@@ -87,12 +87,13 @@ class CacheMethod:
         """First tokens of a sequence kept dense: attention sinks, whose keys are outliers that no group should share."""
         return getattr(self, "sinks", 0)
 
-    def adapt(self, form: PackFormat, keys: torch.Tensor) -> PackFormat:
+    def adapt(self, form: PackFormat, keys: torch.Tensor, queries: torch.Tensor | None = None) -> PackFormat:
         """The format a new segment gets for one batch element; by default `form` as it is.
 
         Args:
             form: one of `formats()`.
             keys: `[Hkv, T, D]`, the first tokens the segment will hold.
+            queries: `[Hq, Tq, D]`, the prompt's; None where none are known.
         """
         return form
 

@@ -112,8 +112,8 @@ class Pipeline(CacheMethod):
         for method in self.methods:
             method.check(head_dim, value_dim)
 
-    def adapt(self, form: PackFormat, keys: torch.Tensor) -> PackFormat:
-        return self.methods[-1].adapt(form, keys)
+    def adapt(self, form: PackFormat, keys: torch.Tensor, queries: torch.Tensor | None = None) -> PackFormat:
+        return self.methods[-1].adapt(form, keys, queries)
 
     def mark(self, embeds: torch.Tensor, chunk) -> torch.Tensor | None:
         """The first method's mark counts where several mark a token."""

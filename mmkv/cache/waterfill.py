@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mmkv.cache.formats import ChannelClass, PackFormat, Side
+from mmkv.cache.formats import ChannelClass, PackFormat, Side, weighed_variance
 from mmkv.cache.method import CacheMethod, check_numbers
 from mmkv.kernels import code, mean_only
 from mmkv.parts.registry import register
@@ -20,8 +20,9 @@ DISTORTION = {0: 1.0, 1: 0.3634, 2: 0.1175, 4: 0.0095}
 class WaterfillKV(CacheMethod):
     """Key bits by reverse water-filling over channels, values rotated and ternary per token.
 
-    A channel's error costs its variance times its code's distortion, so each next bit goes where it removes most: a few
-    channels with wide swings get 4 bits, most get 2 or 1, quiet ones keep their mean alone. Values have no such channels;
+    A channel's error costs its variance times its code's distortion, weighed by how large the queries are that it meets, so
+    each next bit goes where it removes most: a few channels that move the attention scores much get 4 bits, others 2, the
+    rest keep their mean alone. Values have no such channels;
     a random rotation makes every token's value look normal, which three levels and one scale serve well.
 
     Reverse water-filling: Cover and Thomas, Elements of Information Theory, 10.3.3.
@@ -36,6 +37,8 @@ class WaterfillKV(CacheMethod):
         codebook: of keys, "lloyd" (zero point and scale fitted to each group) or "gaussian" (mean and standard deviation).
         scale_bits: 16 (fp16), or 8 for logarithmic bytes.
         sinks: first tokens kept dense (attention sinks have outlier keys).
+        aim: what bits are spent on: the attention "scores" (variance times the root mean square of the prompt's queries), or
+            the "keys" themselves (variance alone, also where no queries are known).
 
     Class sizes are shared by the heads of a layer, so that blocks have one layout; which channels are in them is each
     head's own.
@@ -50,6 +53,7 @@ class WaterfillKV(CacheMethod):
     codebook: str = "lloyd"
     scale_bits: int = 16
     sinks: int = 4
+    aim: str = "scores"
 
     def __post_init__(self):
         super().__post_init__()
@@ -62,6 +66,8 @@ class WaterfillKV(CacheMethod):
             raise ValueError(f"value_bits {self.value_bits!r}: possible are 1, 1.58, 2, 4")
         if self.codebook not in ("lloyd", "gaussian"):
             raise ValueError(f"codebook {self.codebook!r}: possible are 'lloyd', 'gaussian'")
+        if self.aim not in ("scores", "keys"):
+            raise ValueError(f"aim {self.aim!r}: possible are 'scores', 'keys'")
         if not isinstance(self.step, int) or self.step < 1:
             raise ValueError(f"step {self.step!r}: possible are whole numbers from 1")
         self.formats()
@@ -69,17 +75,17 @@ class WaterfillKV(CacheMethod):
     def formats(self) -> tuple[PackFormat, ...]:
         # before the keys are known: as if variance halved with every step
         typical = torch.pow(2.0, -torch.arange(16.0))
-        keys = Side(
-            "channel", self._classes(typical, 1), rank="std", joint_rank=False, scale_bits=self.scale_bits
-        )  # fmt: skip
+        rank = "score" if self.aim == "scores" else "std"
+        keys = Side("channel", self._classes(typical, 1), rank=rank, joint_rank=False, scale_bits=self.scale_bits)
         values = (ChannelClass(1.0, code("rotated", self.value_bits)),)
         side = Side("token", values, basis="hadamard", scale_bits=self.scale_bits)
         return (PackFormat(f"waterfill-{self.key_bits:g}/{self.value_bits:g}", keys, side, self.group),)
 
-    def adapt(self, form: PackFormat, keys: torch.Tensor) -> PackFormat:
+    def adapt(self, form: PackFormat, keys: torch.Tensor, queries: torch.Tensor | None = None) -> PackFormat:
         """Class sizes from the keys `[Hkv, T, D]`: each head's channels by falling variance, averaged over heads."""
-        variance = torch.nan_to_num(keys.float().var(1, unbiased=False)).sort(-1, descending=True).values.mean(0).cpu()
-        return replace(form, keys=replace(form.keys, classes=self._classes(variance, self.step)))
+        spread = weighed_variance(keys, queries if self.aim == "scores" else None)
+        spread = spread.sort(-1, descending=True).values.mean(0).cpu()
+        return replace(form, keys=replace(form.keys, classes=self._classes(spread, self.step)))
 
     def _classes(self, variance: torch.Tensor, step: int) -> tuple[ChannelClass, ...]:
         bits = waterfill(variance, self.key_bits, self.levels, step)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from cache_reference import Bare, held
 
-from mmkv.cache import VidKV, WaterfillKV
+from mmkv.cache import Packer, VidKV, WaterfillKV
+from mmkv.cache.formats import weighed_variance
 from mmkv.cache.waterfill import DISTORTION, waterfill
 
 
@@ -95,9 +96,65 @@ def test_rows_of_a_batch_choose_for_themselves():
         dict(levels=(0, 3)),
         dict(levels=()),
         dict(step=0),
+        dict(aim="values"),
     ],
     ids=repr,
 )
 def test_impossible_settings(options):
     with pytest.raises(ValueError, match="possible"):
         WaterfillKV(**options)
+
+
+def asking(keys, seed=5):
+    """Queries `[1, 4, T, D]` that multiply the even channels by a hundredth."""
+    queries = torch.randn(1, 4, *keys.shape[2:], generator=torch.Generator().manual_seed(seed))
+    queries[..., ::2] *= 0.01
+    return queries
+
+
+def test_channels_that_no_query_looks_at_get_no_bits():
+    keys = torch.randn(1, 2, 256, 128, generator=torch.Generator().manual_seed(3))
+    method = WaterfillKV(key_bits=1, group=128, residual=64, sinks=0)
+    bare = Bare(method, heads=2, dim=128).feed(256, keys=keys)
+    assert not set(bare.layer.packed[0].packer.order[0, 0, :64].tolist()) <= set(range(1, 128, 2))
+    packer = Packer(method.formats()[0], 1, 2, 128, 128, "cpu")
+    form = method.adapt(method.formats()[0], keys[0], asking(keys)[0])
+    packer = Packer(form, 1, 2, 128, 128, "cpu")
+    packer.fit(0, keys[0], queries=asking(keys)[0])
+    coded = [width for width, code in packer.key_spec.classes if len(code.levels) > 1]
+    assert sum(coded) == 64  # 2 bits each, over 64 of 128 channels
+    for head in range(2):
+        assert set(packer.order[0, head, :64].tolist()) == set(range(1, 128, 2))
+
+
+def test_weighed_variance_by_hand():
+    """Variances 1 and 4; query heads 0, 1 ask KV head 0 with mean squares (1, 9) and (3, 1): 2 and 5 on average."""
+    keys = torch.tensor([[[1.0, 2.0], [-1.0, -2.0]]])
+    queries = torch.tensor([[[1.0, 3.0], [-1.0, 3.0]], [[3**0.5, 1.0], [3**0.5, -1.0]]])
+    torch.testing.assert_close(weighed_variance(keys, queries), torch.tensor([[2.0**0.5, 4 * 5.0**0.5]]))
+    torch.testing.assert_close(weighed_variance(keys, None), torch.tensor([[1.0, 4.0]]))
+    torch.testing.assert_close(weighed_variance(keys, queries[:, :0]), torch.tensor([[1.0, 4.0]]))
+
+
+def test_a_prompts_queries_reach_the_choice_and_padding_does_not():
+    import transformers
+
+    import mmkv
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, initializer_range=0.3,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 64, (1, 200))
+    padded = torch.cat([torch.full((1, 9), 3), ids], 1)
+    mask = (torch.arange(209) >= 9).long()[None]
+    orders = {}
+    for aim in ("scores", "keys"):
+        with mmkv.wrapped(model, cache=WaterfillKV(group=32, residual=32, sinks=0, aim=aim)), torch.no_grad():
+            plain = model(ids).past_key_values.layers[0].packed[0].packer
+            with_pad = model(padded, attention_mask=mask, position_ids=mask.cumsum(1) - 1).past_key_values
+            assert torch.equal(with_pad.layers[0].packed[0].packer.order, plain.order)
+            orders[aim] = plain.order
+    assert not torch.equal(orders["scores"], orders["keys"])
