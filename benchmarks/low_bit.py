@@ -222,6 +222,7 @@ def video(videos: int) -> dict[str, list[dict]]:
         methods[name] = (WaterfillKV(**options),)
         methods[f"{name}, no sinks"] = (WaterfillKV(sinks=0, **options),)
         methods[f"{name}, text dense"] = (TextDense(**options),)
+        methods[f"{name}, by variance alone"] = (WaterfillKV(aim="keys", **options),)
     return {
         split: accuracy.run(model, processor, methods, split, frames=128, videos=videos, per_video=30)
         for split in ("easy", "stress")

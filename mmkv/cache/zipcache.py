@@ -33,14 +33,14 @@ class ZipCache(MixedPrecision):
             minimum and scale per channel and group of tokens (0.5 bit at 64).
         newest: share of the prompt's rows that are probes, its last ones; 0.05.
         random: share of the rows that are probes, random ones before those; 0.05.
-        most: probes of each kind at most, so that a long prompt does not pay more and more; None for no limit, as in the paper.
+        most: probes of each kind at most, so that a long prompt pays no more; None for no limit, as in the paper.
         seed: of the random rows.
         normalize: "paper" divides by the probe rows that see a token; "official" by all rows that see it (the released code;
             it favours late tokens, whose rows are nearly all probes).
         interval: decoded tokens after which those that left the residual window are classified and packed; 100.
 
-    Costs the attention of the probes once more, up to a tenth of the prompt's. A block that is not full takes the space of a full one:
-    100 decoded tokens lie in 128 places.
+    Costs the attention of the probes once more, up to a tenth of the prompt's. A block that is not full takes the space of a
+    full one: 100 decoded tokens lie in 128 places.
 
     Where we differ: the released code has one minimum and scale per channel for all tokens of a class (and for the whole
     batch), and per token one for all heads, whose tokens at one place differ; here groups are `group` tokens and one head.
