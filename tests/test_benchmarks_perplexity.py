@@ -150,3 +150,8 @@ def test_divergence_of_like_predictions_is_nothing():
     one, other = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     want = -0.5 * sum(p.log().item() for p in torch.softmax(other, -1)[0]) + torch.tensor(0.5).log().item()
     assert low_bit._divergence(one, other) == pytest.approx(want)
+
+
+def test_the_page_has_the_figures_of_the_result_files():
+    """`python benchmarks/low_bit.py --write` puts them there."""
+    assert (low_bit.ROOT / "docs/low-bit.md").read_text() == low_bit.document()

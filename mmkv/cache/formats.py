@@ -17,7 +17,7 @@ from mmkv.kernels import Spec, hadamard, pack_blocks, real_fft
 from mmkv.kernels.pack import FP16_MAX
 from mmkv.kernels.spec import Code
 
-LEAST_QUERIES = 8  # whose largest number says something about a channel; a single decoded one's says nothing
+LEAST_QUERIES = 8  # that say something about a channel; a single decoded one says nothing
 MOST_BALANCE = 256.0  # sqrt(FP16_MAX); a channel that was silent when its segment opened may still speak up later
 
 
@@ -275,13 +275,13 @@ def weighed_variance(keys: torch.Tensor, queries: torch.Tensor | None) -> torch.
 
     Args:
         keys: `[Hkv, T, D]`.
-        queries: `[Hq, Tq, D]`; None or empty for the variance alone.
+        queries: `[Hq, Tq, D]`; None, or too few to say anything, for the variance alone.
 
     Returns:
         fp32 `[Hkv, D]`.
     """
     variance = torch.nan_to_num(keys.float().var(1, unbiased=False), nan=0.0)
-    if queries is None or not queries.shape[1]:
+    if queries is None or queries.shape[1] < LEAST_QUERIES:
         return variance
     square = torch.linalg.vector_norm(queries, dim=1, dtype=torch.float32).square() / queries.shape[1]
     return variance * square.unflatten(0, (len(keys), -1)).mean(1).sqrt()
