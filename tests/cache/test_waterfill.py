@@ -130,10 +130,10 @@ def test_channels_that_no_query_looks_at_get_no_bits():
 def test_weighed_variance_by_hand():
     """Variances 1 and 4; query heads 0, 1 ask KV head 0 with mean squares (1, 9) and (3, 1): 2 and 5 on average."""
     keys = torch.tensor([[[1.0, 2.0], [-1.0, -2.0]]])
-    queries = torch.tensor([[[1.0, 3.0], [-1.0, 3.0]], [[3**0.5, 1.0], [3**0.5, -1.0]]])
+    queries = torch.tensor([[[1.0, 3.0], [-1.0, 3.0]], [[3**0.5, 1.0], [3**0.5, -1.0]]]).repeat(1, 4, 1)
     torch.testing.assert_close(weighed_variance(keys, queries), torch.tensor([[2.0**0.5, 4 * 5.0**0.5]]))
     torch.testing.assert_close(weighed_variance(keys, None), torch.tensor([[1.0, 4.0]]))
-    torch.testing.assert_close(weighed_variance(keys, queries[:, :0]), torch.tensor([[1.0, 4.0]]))
+    torch.testing.assert_close(weighed_variance(keys, queries[:, :7]), torch.tensor([[1.0, 4.0]]))  # too few to tell
 
 
 def test_a_prompts_queries_reach_the_choice_and_padding_does_not():
