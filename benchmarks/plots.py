@@ -59,8 +59,8 @@ def pareto(result: dict, path: Path) -> None:
         figure.suptitle(f"Accuracy of the bundled video model over the true bytes of its KV cache ({about})")
         figure.savefig(path, dpi=120)
         plt.close(figure)
-    with Image.open(path) as picture:  # few colours are in it, and a palette makes the file a third as large
-        small = picture.convert("RGB").quantize(128)
+    with Image.open(path) as picture:  # a palette makes the file a third as large
+        small = picture.convert("RGB").quantize(256)
     small.save(path, optimize=True)
 
 

@@ -170,7 +170,7 @@ def mixes() -> list[Point]:
         out += [mix(kind, tokens, waterfill, 1, 1) for tokens in KEPT[:3]]
         out += [mix(kind, tokens, kivi, 2) for tokens in KEPT]
     out += [mix(SnapKV, tokens, kivi, 4) for tokens in KEPT]
-    out += [mix(KVMerger, tokens, waterfill, 1.5, 1.58) for tokens in KEPT[1:]]
+    out += [mix(KVMerger, tokens, waterfill, 1.5, 1.58) for tokens in KEPT]
     out += [mix(KVMerger, tokens, kivi, 2) for tokens in KEPT]
     return out
 

@@ -132,19 +132,22 @@ class Made:
         return numbers(*self.known.get((point.family, point.setting), (0.1, self.evicts)))
 
 
-@pytest.mark.parametrize(("evicts", "quantizes", "holds"), [(5.0, 9.0, True), (1.0, 9.0, False), (5.0, 1.0, False)])
+@pytest.mark.parametrize(
+    ("evicts", "quantizes", "holds"), [(5.0, 9.0, True), (1.0, 9.0, False), (5.0, 1.0, False), (2.4, 9.0, False)]
+)
 def test_a_mix_has_to_beat_both_parts(evicts, quantizes, holds):
     small, smaller = points.mix(SnapKV, 164, points.kivi, 2), points.mix(SnapKV, 100, points.kivi, 2)
     one, two = points.kivi(1), points.kivi(2)
     known = {
         (small.family, small.setting): (0.08, 1.0),
-        (smaller.family, smaller.setting): (0.05, 2.1),  # loses too much
+        (smaller.family, smaller.setting): (0.05, 1.8),  # within the limit, but not by a standard error, 0.5
         (one.family, one.setting): (0.12, quantizes),  # the smallest that takes at least 8 %
         (two.family, two.setting): (0.18, 0.0),
     }
     bench = Made(known, evicts)
     (found,) = pareto.compose(bench, [points.DENSE, one, two, small, smaller], "unknown", range(2), range(2, 4))
-    assert found["holds"] == found["holds_on_fresh_videos"] == holds
+    assert found["holds"] == holds
+    assert found["holds_on_fresh_videos"] == (min(evicts, quantizes) > 2)
     assert [part["setting"] for part in found["parts"]] == [small.setting, "8 %", one.setting]
     assert bench.measured[0] == "8 %"
 
@@ -162,7 +165,7 @@ def made_result() -> dict:
         rows.append(about | dict(unknown=numbers(share, loss), known=numbers(share, 0.0)))
     part = dict(method="SnapKV", setting="5 %", chosen_on=numbers(0.05, 12.0), fresh=numbers(0.05, 11.0))
     whole = dict(mix="SnapKV + KIVI", protocol="unknown", holds=True, holds_on_fresh_videos=False, parts=[part])
-    none = dict(mix="GUIKV + KIVI", protocol="known", holds=False, why="none within 2 points")
+    none = dict(mix="GUIKV + KIVI", protocol="known", holds=False, why="none is within")
     return dict(split="easy", rows=rows, composition=[whole, none])
 
 
@@ -172,7 +175,7 @@ def test_tables(capsys):
     assert "164 tokens, 2 bits" in out
     assert "12.0 ± 0.5" in out
     assert "yes, not on fresh videos" in out
-    assert "none within 2 points" in out
+    assert "none is within" in out
 
 
 def test_plot(tmp_path):
