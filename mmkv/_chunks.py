@@ -42,7 +42,7 @@ class Pieces:
 
     def run(self, embeds: torch.Tensor | None) -> dict:
         """Run all chunks but the last, and enter the last into the state; returns the keywords to run it with."""
-        self.state.chunk_of = self.layout
+        self.state.chunk_of, self.state.chunk_base = self.layout, self.state.seen
         for span in self.spans:
             self.state.more = span is not self.spans[-1]
             self.state.extend(self.layout.take(span), None if embeds is None else embeds[:, span])

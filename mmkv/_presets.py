@@ -59,10 +59,16 @@ def preset(name: str) -> Preset:
     """The preset of this name.
 
     Raises:
-        ValueError: there is none; the message names the nearest and lists all.
+        ValueError: there is none; the message names the nearest, or says that it is a method, and lists all.
     """
     if not isinstance(name, str):
         raise TypeError(f"a preset is a name, not {type(name).__name__}; methods go into cache=[...]")
+    if name not in PRESETS and name.lower() in METHODS:
+        entry = METHODS[name.lower()]
+        raise ValueError(
+            f"unknown preset {name!r}: {entry.name} is a method, given in Python as "
+            f"{entry.kind}=[mmkv.{entry.kind}.{entry.name}(...)]; presets are {', '.join(PRESETS)}"
+        )
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}{nearest(name, PRESETS)}; possible are {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -23,7 +23,8 @@ class Report:
         kv_bytes_dense: bytes of all tokens seen, uncompressed, in the model's dtype.
         kv_bits: 8 * kv_bytes over the key and value elements of the tokens held.
         packed_bits: the same for packed segments alone; None where nothing is packed.
-        tail_bytes: bytes of what is held dense: the newest tokens, and sinks.
+        tail_bytes: bytes of all that is not packed: the newest tokens, sinks, survivors of an eviction and tokens that wait to be
+            packed, all dense; summaries of dropped tokens, and scores.
         tokens_seen: valid tokens that entered the cache, summed over the batch.
         tokens_held: those still stored, averaged over layers.
         tokens: valid tokens seen per modality.

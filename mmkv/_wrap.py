@@ -13,6 +13,7 @@ from mmkv._session import Session
 from mmkv.cache import CacheMethod, pipeline
 from mmkv.models import adapter_for
 from mmkv.parts.budget import bytes_of
+from mmkv.parts.calibration import Identity
 
 
 def wrap(
@@ -40,14 +41,14 @@ def wrap(
 
     Raises:
         TypeError: not a transformers model, or not a cache method.
-        ValueError: unsupported family or head size, unknown preset, model already wrapped.
+        ValueError: unsupported family or head size, options of another model, unknown preset, model already wrapped.
     """
     base = _base(model)
     if getattr(base, "_mmkv", None) is not None:
         raise ValueError(f"this {type(base).__name__} is already wrapped; call mmkv.unwrap(model) first")
     if positions not in ("stock", "trained"):
         raise ValueError(f"positions {positions!r}: possible are 'stock', 'trained'")
-    limit = None if max_bytes is None else bytes_of(max_bytes)
+    limit = None if max_bytes is None else bytes_of(max_bytes, "max_bytes")
     check_chunk(prefill_chunk)
     for name, value in (("tokens", tokens), ("graphs", graphs)):
         if value is not None and value is not False and value != () and value != []:
@@ -60,6 +61,8 @@ def wrap(
                 f"{type(method).__name__} is for visual autoregressive models, {type(base).__name__} is a language model"
             )
         method.check(*adapter.head_dims())
+        shape = Identity.of(adapter.text_config)
+        method.check_model(shape.layers, shape.heads)
     if method is not None or limit is not None:
         _check_device(base)
     session = Session(adapter, method, positions, limit, prefill_chunk)

@@ -134,6 +134,7 @@ def test_unknown_words_are_named(mmkv_command, clip, monkeypatch, untrained):
         (["CLIP", "q", "--frames", "0"], "positive"),
         (["CLIP", "q", "--frames", "41"], "41 frames"),
         (["CLIP", "q", "--method", "vidkw"], "did you mean 'vidkv'"),
+        (["CLIP", "q", "--method", "snapkv"], "SnapKV is a method, given in Python as cache=[mmkv.cache.SnapKV(...)]"),
         (["CLIP", "q", "--device", "toaster"], "no device 'toaster'"),
         (["CLIP", "q", "--dtype", "int7"], "no dtype 'int7'"),
         (["CLIP", "q", "--dtype", "int8"], "no dtype 'int8'"),

@@ -27,6 +27,7 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     assert out.count("KV cache, resident") == 2
     answer = next(q.answer for q in video.questions if q.text == "which colour appears first?")
     assert answer in out.splitlines()[0]
+    assert len(re.findall(rf"^.*{answer}", out, re.MULTILINE)) == 2, "both examples answer"
 
 
 def test_the_examples_of_the_pages_run():

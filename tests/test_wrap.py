@@ -161,6 +161,17 @@ def test_unknown_preset_names_the_nearest(model, name, near):
     assert untouched(model)
 
 
+@pytest.mark.parametrize("name", ["snapkv", "SnapKV", "SNAPKV"])
+def test_a_method_is_no_preset(model, name):
+    with pytest.raises(ValueError) as caught:
+        mmkv.wrap(model, name)
+    message = one_line(caught)
+    assert f"{name!r}: SnapKV is a method" in message
+    assert "cache=[mmkv.cache.SnapKV(...)]" in message
+    assert all(preset in message for preset in mmkv.presets())
+    assert untouched(model)
+
+
 def test_unknown_preset_lists_all(model):
     with pytest.raises(ValueError) as caught:
         mmkv.wrap(model, "zzzzzz")

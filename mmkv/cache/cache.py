@@ -46,6 +46,7 @@ def adopt(cache, text_config, method: CacheMethod | None, max_bytes: int | None 
                 f"this cache stores tokens by {state.method or 'keeping everything'}, the model is wrapped with "
                 f"{method or 'nothing'}; start a new cache after wrapping anew"
             )
+        state.max_bytes = max_bytes
         return state
     name = type(cache).__name__
     known = type(cache) is DynamicCache or isinstance(cache, Cache)  # a subclass may do anything around our layers
@@ -74,12 +75,16 @@ def settle_jointly(layers: list[KVLayer]) -> None:
     if not layers or layers[0].state.method is None or not layers[0].state.method.joint:
         return
     method, waiting = layers[0].state.method, [layer for layer in layers if layer.waits]
+    found: list[list] = [[] for _ in waiting]
     for row in range(layers[0].batch_size if waiting else 0):
         fills = [fill_of(layer, row, layer.asked) for layer in waiting]
+        plans = [None] * len(waiting)
         if all(fill is not None for fill in fills) and layers[0].state.prompted[row]:
             plans = [plan_of(layer, row, fill) for layer, fill in zip(waiting, fills)]
             method.decide_jointly(fills, plans)
-            for layer, fill, plan in zip(waiting, fills, plans):
-                layer.apply(row, fill, plan)
+        for mine, fill, plan in zip(found, fills, plans):
+            mine.append(None if plan is None else (fill, plan))
+    for layer, mine in zip(waiting, found):
+        layer.apply(mine)
     for layer in waiting:
         layer.finish()

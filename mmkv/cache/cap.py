@@ -28,11 +28,18 @@ def fit(layer: KVLayer, limit: float) -> None:
     held = storage_bytes(layer.tensors())
     if held <= limit:
         return
-    if not layer.state.forms:  # nothing is packed: the tail holds it all
-        _store_tail(layer)
-        held = storage_bytes(layer.tensors())
-    _evict(layer, held - limit * (1 - SLACK))
+    _store_tail(layer)
     held = storage_bytes(layer.tensors())
+    if held <= limit:
+        return
+    goal = limit * (1 - SLACK)
+    layer.prune(at_once=True)
+    held = storage_bytes(layer.tensors())
+    while held > goal and _evict(
+        layer, (held - goal) / 2
+    ):  # by halves: their scores, tables and positions go with them
+        layer.prune(at_once=True)
+        held = storage_bytes(layer.tensors())
     if held > limit:
         _shorten_tail(layer, held - limit)
         held = storage_bytes(layer.tensors())
@@ -44,7 +51,10 @@ def fit(layer: KVLayer, limit: float) -> None:
 
 
 def _store_tail(layer: KVLayer) -> None:
-    """Move all of the tail but the newest 32 tokens to the dense segment, where they can go one by one."""
+    """Pack all of the tail but the newest 32 tokens; where nothing is packed, move it where tokens can go one by one."""
+    if layer.state.forms:
+        layer.flush(MIN_RESIDUAL)
+        return
     end = layer.seen - MIN_RESIDUAL
     valid = layer.state.layout.valid
     for row, packed_to in enumerate(layer.packed_to):
@@ -57,12 +67,12 @@ def _store_tail(layer: KVLayer) -> None:
     layer.trim(min(layer.packed_to))
 
 
-def _evict(layer: KVLayer, excess: float) -> None:
-    """Free about `excess` bytes of the segments."""
+def _evict(layer: KVLayer, excess: float) -> bool:
+    """Free at least `excess` bytes of the segments, whole blocks and tokens; False where nothing is left to free."""
     segments = [s for s in layer.segments if not isinstance(s, SummarySegment) and not s.empty]
     units = [_blocks(layer, s) if isinstance(s, PackedSegment) else _tokens(layer, s) for s in segments]
     if not units:
-        return
+        return False
     score = torch.cat([u[0] for u in units])
     size = torch.cat([torch.full_like(u[0], u[1]) for u in units])
     owner = torch.cat([torch.full(u[0].shape, i) for i, u in enumerate(units)])
@@ -81,7 +91,9 @@ def _evict(layer: KVLayer, excess: float) -> None:
         else:
             segment.keep(~mine)
     layer.segments = [s for s in layer.segments if not s.empty]
-    layer.evicted_to = list(layer.packed_to)
+    if bool(gone.any()):
+        layer.evicted_to = list(layer.packed_to)
+    return bool(gone.any())
 
 
 def _blocks(layer: KVLayer, segment: PackedSegment) -> tuple[torch.Tensor, float]:
@@ -106,11 +118,12 @@ def _tokens(layer: KVLayer, segment) -> tuple[torch.Tensor, float]:
 
 def _score(layer: KVLayer, rows: torch.Tensor, at: torch.Tensor, heads: int) -> torch.Tensor:
     """Attention mass of tokens at logical positions; those that came after the prompt count as its mean."""
-    if layer.scores is None or not layer.scores.shape[2]:
+    if layer.scores is None or not len(layer.scores.positions):
         return torch.zeros(at.shape)
-    known = layer.scores.cpu()
-    score = known[rows // heads, rows % heads, at.clamp(max=known.shape[2] - 1)]
-    return torch.where(at < known.shape[2], score, known.mean())
+    known, mass = layer.scores.positions, layer.scores.mass.cpu()
+    at = at.to(known.dtype)
+    place = torch.searchsorted(known, at.contiguous()).clamp(max=len(known) - 1)
+    return torch.where(known[place] == at, mass[rows // heads, rows % heads, place], mass.mean())
 
 
 def _shorten_tail(layer: KVLayer, excess: float) -> None:

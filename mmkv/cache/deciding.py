@@ -9,6 +9,7 @@ import torch
 
 from mmkv.cache.fill import Asked, Fill, Plan
 from mmkv.cache.method import DENSE
+from mmkv.cache.scores import Scores
 from mmkv.parts.saliency import per_kv_head
 
 if TYPE_CHECKING:
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
 
 
 def fill_of(
-    layer: KVLayer, row: int, asked: Asked | None, decoding: bool = False, residual: int | None = None
+    layer: KVLayer,
+    row: int,
+    asked: Asked | None,
+    decoding: bool = False,
+    residual: int | None = None,
+    first: int | None = None,
 ) -> Fill | None:
     """What a method is told about batch element `row`, None where nothing has left the residual window.
 
@@ -24,11 +30,12 @@ def fill_of(
         asked: the attention that has just run.
         decoding: as `Fill.decoding`.
         residual: newest tokens that are not decided upon; the method's where None.
+        first: logical position from which on the tail's tokens are meant; all that are not stored where None.
     """
     state, method = layer.state, layer.state.method
     residual = method.residual_window if residual is None else residual
     valid = state.layout.valid[row]
-    first = max(layer.packed_to[row], layer.start)
+    first = max(layer.packed_to[row], layer.start) if first is None else first
     columns = valid[first : layer.seen].nonzero()[:, 0] + first
     old = columns.numel() - residual
     if old <= 0:
@@ -63,12 +70,16 @@ def fill_of(
         bytes_per_token=_bytes_per_token(layer),
         norms=norms,
         prompt=None if chunks is None else chunks.modality[row, chunks.valid[row]],
+        prompt_before=0
+        if chunks is None
+        else int(chunks.valid[row, : max(int(columns[0]) - state.chunk_base, 0)].sum()),
+        bytes_beyond=(columns.numel() - old) * (_dense_bytes(layer) - _bytes_per_token(layer)),
         decoding=decoding,
     )
     if method is not None and method.recalls:
         fill = _recall(layer, row, fill)
-    if layer.scores is not None and layer.scores.shape[2] == layer.seen:
-        fill.scores = layer.scores[row].gather(1, _places(fill, layer.scores.device))
+    if layer.scores is not None:
+        fill.scores = layer.scores.of(row, fill.columns)
     return fill
 
 
@@ -81,6 +92,17 @@ def plan_of(layer: KVLayer, row: int, fill: Fill) -> Plan:
     elif state.marks is not None:
         form = state.marks[row, fill.columns[..., : fill.old].clamp(min=0)]
     return Plan.everything(fill, form)
+
+
+def keeps_all(fill: Fill, plan: Plan) -> bool:
+    """Whether a plan drops no token."""
+    return bool(plan.keep.all() if fill.present is None else plan.keep.equal(fill.present))
+
+
+def changes(fill: Fill, plan: Plan) -> bool:
+    """Whether a plan is anything but keeping everything as the marks say."""
+    as_marked = not plan.split_formats or bool((plan.form == DENSE).all())
+    return bool(plan.summaries) or not as_marked or not keeps_all(fill, plan)
 
 
 def attending(layer: KVLayer, asked: Asked) -> list[torch.Tensor] | None:
@@ -110,19 +132,14 @@ def accumulate(layer: KVLayer, asked: Asked, which) -> None:
     """
     batch, heads = layer.keys.shape[:2]
     if layer.scores is None:
-        layer.scores = torch.zeros(batch, heads, 0, device=layer.device)
-    layer.scores = torch.nn.functional.pad(layer.scores, (0, layer.seen - layer.scores.shape[2]))
+        layer.scores = Scores(batch, heads, layer.device)
+    layer.scores.extend(layer.seen, layer.new)
     for row in range(batch):
         fill = fill_of(layer, row, asked, residual=0)
         if fill is None:  # padding alone
             continue
         mass = per_kv_head(fill.mass(which(fill.length, first=fill.fresh)).sum, heads)
-        layer.scores[row].scatter_add_(1, _places(fill, layer.device), mass)
-
-
-def _places(fill: Fill, device) -> torch.Tensor:
-    """int64 `[Hkv, n]`: where each token's score is; a place without a token has no mass, wherever it points."""
-    return fill.columns.clamp(min=0).expand(fill.heads, -1).to(device)
+        layer.scores.add(row, fill.columns, mass)
 
 
 def _at(columns: torch.Tensor, device) -> slice | torch.Tensor:
@@ -132,13 +149,20 @@ def _at(columns: torch.Tensor, device) -> slice | torch.Tensor:
 
 
 def _bytes_per_token(layer: KVLayer) -> float:
-    """Of one token over all layers, KV heads and batch elements, in the main format."""
+    """Of one token over all layers, KV heads and batch elements, as it will be stored: numbers, position, score."""
     d, dv, forms = layer.keys.shape[-1], layer.values.shape[-1], layer.state.forms
-    bits = 8.0 * layer.keys.element_size() * (d + dv)
+    size = layer.keys.element_size() * (d + dv)
     if forms:
         key_bits, value_bits = forms[0].bits(d, dv)
-        bits = key_bits * d + value_bits * dv
-    return bits / 8 * layer.keys.shape[0] * layer.keys.shape[1] * layer.state.layers
+        size = (key_bits * d + value_bits * dv) / 8
+    beside = 4 + 4 * (layer.scores is not None)
+    return (size + beside) * layer.keys.shape[0] * layer.keys.shape[1] * layer.state.layers
+
+
+def _dense_bytes(layer: KVLayer) -> float:
+    """Of one token in the tail, over all layers, KV heads and batch elements."""
+    batch, heads, _, d = layer.keys.shape
+    return layer.keys.element_size() * (d + layer.values.shape[-1]) * batch * heads * layer.state.layers
 
 
 def _recall(layer: KVLayer, row: int, fill: Fill) -> Fill:

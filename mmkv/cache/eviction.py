@@ -70,15 +70,22 @@ class Eviction(CacheMethod):
         The newest tokens stay anyway, and count. Of a prompt in chunks, each chunk gets what its old tokens are of all.
         """
         present, newest = plan.present(fill), fill.length - fill.old
-        pools = self.budget.pools(fill.modality, present, fill.bytes_per_token)
+        size = (fill.bytes_per_token, fill.bytes_beyond)
+        pools = self.budget.pools(fill.modality, present, *size)
         if fill.prompt is None:
             kept = [int(mine[..., fill.old :].float().sum(-1).mean()) for mine, _ in pools]
             return [(mine[..., : fill.old], self.count(n, fill) - k) for (mine, n), k in zip(pools, kept)]
-        whole = self.budget.pools(fill.prompt, torch.ones(len(fill.prompt)), fill.bytes_per_token)
+        whole = self.budget.pools(fill.prompt, torch.ones(len(fill.prompt)), *size)
+        until = fill.prompt_before + (fill.old - fill.recalled)
         out = []
         for (mine, _), (theirs, n) in zip(pools, whole):
             here = mine[..., : fill.old]
-            last = int(theirs[-newest:].sum()) if newest else 0
-            share = float((present[..., : fill.old] * here).sum(-1).mean()) / max(int(theirs.sum()) - last, 1)
-            out.append((here, round((self.count(n, fill) - last) * share)))
+            left = float((present[..., : fill.old] * here).sum(-1).mean()) / max(float(here.float().sum(-1).mean()), 1)
+            last = int(theirs[len(theirs) - newest :].sum())
+            before, after, every = (
+                int(theirs[:end].sum()) for end in (fill.prompt_before, until, len(theirs) - newest)
+            )
+            # rounded from the prompt's beginning, so that what one chunk loses the next one gets
+            due = [round(max(self.count(n, fill) - last, 0) * left * part / max(every, 1)) for part in (before, after)]
+            out.append((here, due[1] - due[0]))
         return out

@@ -53,10 +53,12 @@ class Fill:
         boundary: logical position of the first token that stays in the tail.
         seen: real tokens that this decision is about: all that ever came while none of them is packed, else n.
         bytes_per_token: of one token over all layers, KV heads and batch elements as it will be stored.
+        bytes_beyond: what the newest tokens, which stay dense, take beyond that.
         norms: fp32 `[n]` on the CPU, norm of each token's hidden state as `CacheMethod.reads_hidden` asked; NaN for older tokens.
         scores: fp32 `[Hkv, n]`, attention mass accumulated so far where the method `accumulates`.
         prompt: int8 `[L]`, modality of the real tokens of the whole prompt where it comes in chunks, None elsewhere; the newest
             tokens of this chunk are then decided upon with the next one.
+        prompt_before: how many of those came before the first token here.
         decoding: whether decoded tokens have left the window, in place of a prompt that came.
         notes: what a method found out before the attention (`attends`), for `decide`.
     """
@@ -81,9 +83,11 @@ class Fill:
     boundary: int = 0
     seen: int = 0
     bytes_per_token: float = 1.0
+    bytes_beyond: float = 0.0
     norms: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     prompt: torch.Tensor | None = None
+    prompt_before: int = 0
     decoding: bool = False
     notes: dict = field(default_factory=dict)
 
@@ -184,8 +188,3 @@ class Plan:
         """Scores `[Hkv, old]` in which dropped tokens are -inf and protected ones +inf, ready to choose the best from."""
         score = score.masked_fill(fill.protected.to(score.device), torch.inf)
         return score.masked_fill(~self.keep, -torch.inf)
-
-    @property
-    def changed(self) -> bool:
-        """Whether heads or formats may differ from storing everything as the marks say."""
-        return self.split_formats or bool(self.summaries)

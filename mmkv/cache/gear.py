@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from mmkv.cache.formats import ChannelClass, Side
 from mmkv.cache.gear_segment import GearFormat, GearSegment
-from mmkv.cache.method import MIN_RESIDUAL, CacheMethod, check_numbers
+from mmkv.cache.method import MIN_RESIDUAL, CacheMethod, check_bits, check_numbers
 from mmkv.kernels import code
 from mmkv.parts.registry import register
 
@@ -61,6 +61,7 @@ class GEAR(CacheMethod):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise ValueError(f"{name} {value!r}: possible are {least} to {most}")
+        check_bits(self.bits)
         self.formats()
 
     def formats(self) -> tuple[GearFormat, ...]:

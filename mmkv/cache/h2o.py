@@ -60,7 +60,7 @@ class H2O(Eviction):
         total = tokens_of(self.budget.total, fill.seen, fill.bytes_per_token)
         if fill.decoding:  # as many as before
             stored = 0 if fill.present is None else int(fill.present[:, : fill.recalled].sum(1).max())
-            total = newest + (stored or tokens_of(self.budget.total, fill.old, fill.bytes_per_token))
+            total = newest + stored if stored else max(total, newest)
         fixed = max(int(total * self.recent) - newest, 0)  # of the old tokens, those that are recent
         score = fill.scores[:, : fill.old].clone()
         if fixed:

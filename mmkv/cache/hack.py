@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from mmkv.cache.fill import Fill, Plan
-from mmkv.cache.method import check_numbers
+from mmkv.cache.method import check_bools, check_numbers
 from mmkv.cache.next_scale import NextScale, check_whole
 from mmkv.parts.calibration import HeadClasses, check_groups, groups_of
 from mmkv.parts.choose import top_per_head
@@ -81,10 +81,12 @@ class HACK(NextScale):
             check_whole(1, **{f"scales[{i}]": size for i, size in enumerate(self.scales)})
         if self.scales is not None:
             check_whole(2, scales=len(self.scales) if isinstance(self.scales, tuple) else self.scales)
-        if not isinstance(self.merge, bool):
-            raise ValueError(f"merge {self.merge!r}: possible are True and False")
+        check_bools(merge=self.merge)
         if self.merge and self.scales is None:
             raise ValueError("merge acts in the last compression: say how many scales there are (scales=...)")
+
+    def check_model(self, layers: int, kv_heads: int) -> None:
+        check_groups("structural", self._structural(), layers, kv_heads, "layer", "KV head")
 
     @property
     def scale_count(self) -> int | None:
@@ -95,7 +97,8 @@ class HACK(NextScale):
         return evenly(length, self.probes, first)
 
     def after_scale(self, scale: int, fill: Fill, plan: Plan) -> None:
-        groups = self._groups(fill)
+        self.check_model(fill.layers, fill.heads)
+        groups = self._structural()
         if self.scale_count is not None and scale >= self.scale_count - 1:
             return
         structural = sum(map(len, groups))
@@ -140,15 +143,13 @@ class HACK(NextScale):
         tier = torch.where(medium < FIRST_SCALES, 2, torch.where(medium == scale, 1, 0))
         return (tier * fill.length - rank).float()
 
-    def _groups(self, fill: Fill) -> tuple[tuple[int, ...], ...]:
+    def _structural(self) -> tuple[tuple[int, ...], ...]:
         if self.structural is None:
             raise ValueError(
                 "HACK needs to know the structural heads: structural=HeadClasses.load(file), or measure them with "
                 "ScaleStatistics"
             )
-        groups = self.structural.structural if isinstance(self.structural, HeadClasses) else self.structural
-        check_groups("structural", groups, fill.layers, fill.heads, "layer", "KV head")
-        return groups
+        return self.structural.structural if isinstance(self.structural, HeadClasses) else self.structural
 
 
 def merged_into_nearest(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmkv.cache.formats import ChannelClass, PackFormat, Side
-from mmkv.cache.method import CacheMethod
+from mmkv.cache.method import CacheMethod, check_bits
 from mmkv.kernels import code
 from mmkv.parts.registry import register
 
@@ -42,6 +42,7 @@ class KIVI(CacheMethod):
 
     def __post_init__(self):
         super().__post_init__()
+        check_bits(self.bits)
         self.formats()
 
     def formats(self) -> tuple[PackFormat, ...]:

@@ -7,10 +7,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from mmkv import compat
 from mmkv.cache.cap import fit
-from mmkv.cache.deciding import accumulate, fill_of, plan_of
+from mmkv.cache.deciding import accumulate, changes, fill_of, keeps_all, plan_of
 from mmkv.cache.dense import DenseSegment
 from mmkv.cache.fill import Asked, Fill, Plan
-from mmkv.cache.method import DENSE, split
+from mmkv.cache.method import DENSE, MIN_RESIDUAL, split
+from mmkv.cache.scores import Scores
 from mmkv.cache.segment import PackedSegment
 from mmkv.cache.state import CacheState
 from mmkv.cache.summary import SummarySegment
@@ -48,9 +49,8 @@ class KVLayer(CacheLayerMixin):
         self.segments: list[PackedSegment | DenseSegment | SummarySegment] = []
         self.packed_to: list[int] = []
         self.evicted_to: list[int] = []  # tokens before this position may be gone for good
-        self.scores: torch.Tensor | None = (
-            None  # fp32 [B, Hkv, seen], attention mass so far, where the method accumulates
-        )
+        self.decided_to: list[int] = []  # tokens before this position were decided upon, stored or not
+        self.scores: Scores | None = None  # attention mass so far, where the method or a limit of bytes wants it
         self.new = 0  # tokens of the last update
         self._pending = False
         # from the attention to the end of the forward, where layers decide jointly
@@ -63,6 +63,7 @@ class KVLayer(CacheLayerMixin):
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.packed_to = [0] * key_states.shape[0]
         self.evicted_to = [0] * key_states.shape[0]
+        self.decided_to = [0] * key_states.shape[0]
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -74,7 +75,8 @@ class KVLayer(CacheLayerMixin):
         if self.seen + new != self.state.seen:
             raise RuntimeError(
                 f"layer {self.index} was given {new} tokens after {self.seen}, but {self.state.seen} were announced: this cache "
-                "belongs to a model that mmkv.wrap has wrapped, and is filled by calling that whole model"
+                "belongs to a model that mmkv.wrap has wrapped and is filled by calling that whole model, or a forward failed "
+                "half-way; start a new cache"
             )
         # a first fill is adopted, not copied, as transformers' own layer would
         self.keys = torch.cat([self.keys, key_states], dim=2) if self.keys.shape[2] else key_states
@@ -120,45 +122,62 @@ class KVLayer(CacheLayerMixin):
             self._pack(asked)
         if self.window is not None and not self.state.record_past:
             self._slide()
+        self.prune()
         if self.state.max_bytes is not None:
             fit(self, self.state.max_bytes / self.state.layers)
         if any(self.state.prompted):
             self.state.count(self.index, storage_bytes(self.tensors()))
 
     def _pack(self, asked: Asked | None) -> None:
-        for row in range(len(self.packed_to)):
-            if not self._decided(row, asked):
+        plans = [self._decide(row, asked) for row in range(len(self.packed_to))]
+        stored = self.apply(plans)
+        for row, done in enumerate(stored):
+            if not done:
                 self._flush(row, asked)
-        self.trim(min(self.packed_to))
+        self._free()
 
-    def _decided(self, row: int, asked: Asked | None) -> bool:
-        """Let the method decide, where a prompt came or enough tokens were decoded; False where it changed nothing."""
+    def _decide(self, row: int, asked: Asked | None) -> tuple[Fill, Plan] | None:
+        """Let the method decide on a batch element, where a prompt came or enough tokens were decoded."""
         method = self.state.method
         if not method.decides or method.joint or self.window is not None:
-            return False
+            return None
         prompted = bool(self.state.prompted and self.state.prompted[row])
-        if not prompted and (method.interval is None or self._waiting(row) < method.residual_window + method.interval):
-            return False
+        first = max(self.packed_to[row], self.start)
+        if not prompted:
+            if method.interval is None:
+                return None
+            if not method.recalls:  # what was decided upon is settled, wherever it is
+                first = max(first, self.decided_to[row])
+            waiting = int(self.state.layout.valid[row, first : self.seen].sum())
+            if waiting < method.residual_window + method.interval:
+                return None
         fill = asked.fills.get(row) if asked is not None else None
-        fill = fill_of(self, row, asked, decoding=not prompted) if fill is None else fill
+        fill = fill_of(self, row, asked, decoding=not prompted, first=first) if fill is None else fill
         if fill is None:
-            return False
+            return None
         plan = plan_of(self, row, fill)
         method.decide(fill, plan)
-        return self.apply(row, fill, plan)
+        return fill, plan
 
-    def _waiting(self, row: int) -> int:
-        """Tokens of a batch element that are in the tail."""
-        first = max(self.packed_to[row], self.start)
-        return int(self.state.layout.valid[row, first : self.seen].sum())
+    def apply(self, plans: list[tuple[Fill, Plan] | None]) -> list[bool]:
+        """Store what was planned for each batch element; those are stored are told.
 
-    def apply(self, row: int, fill: Fill, plan: Plan) -> bool:
-        """Store a batch element's old tokens as planned; False where the plan is to keep everything as the marks say."""
+        A plan to keep everything as it is leaves the tail alone, unless another batch element's tokens leave it.
+        """
+        changed = [found is not None and changes(*found) for found in plans]
+        stored = []
+        for row, found in enumerate(plans):
+            stored.append(changed[row] or (found is not None and any(changed) and not self.state.forms))
+            if stored[row]:
+                self._apply(row, *found)
+            if found is not None:
+                self.decided_to[row] = found[0].boundary
+        return stored
+
+    def _apply(self, row: int, fill: Fill, plan: Plan) -> None:
+        """Store a batch element's old tokens as planned."""
         columns = fill.columns[..., : fill.old]
-        kept = bool(plan.keep.all() if fill.present is None else plan.keep.equal(fill.present))
-        as_marked = not plan.split_formats or bool((plan.form == DENSE).all())
-        if kept and not plan.summaries and as_marked:
-            return False
+        self._settle_before(row, int(fill.columns[..., fill.recalled :].min()))
         if fill.recalled:
             self.dense_segment().take(row)
         for role in (DENSE, *range(len(self.state.forms))):
@@ -172,9 +191,44 @@ class KVLayer(CacheLayerMixin):
         for summary in plan.summaries:
             self._summary_segment().append(row, *summary)
         self.packed_to[row] = fill.boundary
-        if not kept:
+        if not keeps_all(fill, plan):
             self.evicted_to[row] = self.packed_to[row]
-        return True
+
+    def _settle_before(self, row: int, position: int) -> None:
+        """Store as they are the tail's tokens before a position: an earlier decision kept them all."""
+        first = max(self.packed_to[row], self.start)
+        columns = self.state.layout.valid[row, first:position].nonzero()[:, 0] + first
+        if columns.numel():
+            at = (columns - self.start).to(self.device)
+            self.dense_segment().append(row, self.keys[row, :, at], self.values[row, :, at], columns)
+            self.packed_to[row] = position
+
+    def _free(self) -> None:
+        """Free the tail up to the first token that any batch element still has there."""
+        furthest = max(self.packed_to)
+        if self.segments or any(self.evicted_to):
+            valid = self.state.layout.valid
+            for row, position in enumerate(self.packed_to):
+                if position < furthest:  # padding is nothing to keep
+                    waiting = valid[row, position : self.seen].nonzero()
+                    self.packed_to[row] = position + int(waiting[0]) if len(waiting) else self.seen
+        self.trim(min(self.packed_to))
+
+    def prune(self, at_once: bool = False) -> None:
+        """Let go of the scores of tokens that no head holds any more, once those are the most, or at once."""
+        if self.scores is None:
+            return
+        held = self.keys.shape[2] + sum(sum(s.lengths) for s in self.segments if isinstance(s, DenseSegment))
+        held += sum(sum(s.held) for s in self.packed)
+        if not at_once and len(self.scores.positions) < 2 * held + MIN_RESIDUAL:
+            return
+        positions = [torch.arange(self.start, self.seen)]
+        for segment in self.segments:
+            if isinstance(segment, DenseSegment):
+                positions.append(segment.positions.long())
+            elif isinstance(segment, PackedSegment):
+                positions.append(segment.positions_of(*(segment.count > 0).nonzero(as_tuple=True)).flatten().cpu())
+        self.scores.keep(torch.cat(positions))
 
     def _fill_blocks(self, row: int, role: int, keys, values, columns, mask, queries) -> None:
         """Pack the chosen tokens of each head, and those that have waited; what fills no block waits if that takes less.
@@ -205,9 +259,10 @@ class KVLayer(CacheLayerMixin):
         waiting.append(row, keys, values, columns, mask & ~whole)
         self.segments = [s for s in self.segments if not s.empty]
 
-    def _flush(self, row: int, asked: Asked | None) -> None:
+    def _flush(self, row: int, asked: Asked | None, residual: int | None = None) -> None:
         """Store whole groups that have left the residual window, as the marks say."""
-        forms, residual = self.state.forms, self.state.method.residual_window
+        forms = self.state.forms
+        residual = self.state.method.residual_window if residual is None else residual
         if not forms or self.keys.shape[2] < residual + forms[0].group:
             return
         if not self.state.method.packs_undecided(self.window is not None):
@@ -222,6 +277,12 @@ class KVLayer(CacheLayerMixin):
         # padding before the first token that waits is nothing to keep
         waiting = held[held >= cut]
         self.packed_to[row] = int(waiting[0]) if waiting.numel() else self.seen
+
+    def flush(self, residual: int) -> None:
+        """Store whole groups of all but the newest `residual` tokens."""
+        for row in range(len(self.packed_to)):
+            self._flush(row, None, residual)
+        self._free()
 
     def _store(self, row: int, role: int, columns: torch.Tensor, asked: Asked | None) -> None:
         """Pack the tokens at these logical positions of a batch element, in the format of their role."""
@@ -339,6 +400,10 @@ class KVLayer(CacheLayerMixin):
                 f"cannot crop to {length} tokens: of the first {max(self.evicted_to)} some are evicted for good; start a new "
                 "cache, or crop no deeper than the newest tokens"
             )
+        if self.state.seen != (self.seen if self.index == 0 else length):
+            raise RuntimeError(
+                f"layer {self.index} has seen {self.seen} tokens, other layers have not: a forward failed half-way; start a new cache"
+            )
         if self.index == 0:
             self.state.crop(length)
         if not self.is_initialized:
@@ -350,12 +415,13 @@ class KVLayer(CacheLayerMixin):
 
     def _cut(self, length: int) -> None:
         if self.scores is not None:
-            self.scores = self.scores[:, :, :length]
+            self.scores.crop(length)
         if length < self.start or any(length < packed for packed in self.packed_to):
             for segment in self.segments:
                 segment.crop(length)
             self.segments = [s for s in self.segments if not s.empty]
             self.packed_to = [min(packed, length) for packed in self.packed_to]
+        self.decided_to = [min(decided, length) for decided in self.decided_to]
         keep = max(length - self.start, 0)
         self.keys, self.values = self.keys[:, :, :keep], self.values[:, :, :keep]
         self.start = min(self.start, length)
@@ -371,8 +437,9 @@ class KVLayer(CacheLayerMixin):
         self.keys, self.values = self.keys.index_select(0, at), self.values.index_select(0, at)
         self.packed_to = [self.packed_to[i] for i in index.tolist()]
         self.evicted_to = [self.evicted_to[i] for i in index.tolist()]
+        self.decided_to = [self.decided_to[i] for i in index.tolist()]
         if self.scores is not None:
-            self.scores = self.scores.index_select(0, index.to(self.scores.device))
+            self.scores.rows(index)
         for segment in self.segments:
             segment.rows(index)
 
@@ -409,5 +476,5 @@ class KVLayer(CacheLayerMixin):
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor this layer holds."""
         tail = [] if self.keys is None else [self.keys, self.values]
-        tail += [] if self.scores is None else [self.scores]
+        tail += [] if self.scores is None else self.scores.tensors()
         return tail + [t for segment in self.segments for t in segment.tensors()]

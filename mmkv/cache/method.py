@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DENSE = -1  # in marks: kept as it is, in a dense segment
 MIN_RESIDUAL = 32  # newest tokens that always stay dense, so that a rejected draft is cut from the dense tail
+MINMAX_BITS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,14 @@ class CacheMethod:
         """Raise ValueError where a model's heads do not fit."""
         for form in self.formats():
             form.check(head_dim, value_dim)
+
+    def check_model(self, layers: int, kv_heads: int) -> None:
+        """Raise ValueError where options that name layers or heads are those of another model; by default nothing.
+
+        Args:
+            layers: decoder layers of the model.
+            kv_heads: KV heads of each.
+        """
 
     @property
     def dense_sinks(self) -> int:
@@ -182,6 +191,19 @@ def check_numbers(**options) -> None:
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{name} {value!r}: a number is needed")
+
+
+def check_bools(**options) -> None:
+    """Raise ValueError for an option that is neither True nor False."""
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} {value!r}: possible are True and False")
+
+
+def check_bits(bits: int) -> None:
+    """Raise ValueError for bits that the min-max quantizer does not have."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in MINMAX_BITS:
+        raise ValueError(f"bits {bits!r}: possible are {', '.join(map(str, MINMAX_BITS))}")
 
 
 def check_sinks(sinks: int) -> None:

@@ -41,6 +41,12 @@ class Pipeline(CacheMethod):
             raise ValueError(
                 f"{joint[0]} decides for all layers together, which leaves no room for another choice; use it alone"
             )
+        recalling = [type(m).__name__ for m in self.methods if m.recalls]
+        if recalling and len([m for m in self.methods if m.decides]) > 1:
+            raise ValueError(
+                f"{recalling[0]} decides anew among the tokens it has stored, which leaves no room for another choice; use it "
+                "alone, or before a method that packs"
+            )
         scales = [type(m).__name__ for m in self.methods if m.next_scale]
         if scales:
             raise ValueError(
@@ -111,6 +117,10 @@ class Pipeline(CacheMethod):
     def check(self, head_dim: int, value_dim: int) -> None:
         for method in self.methods:
             method.check(head_dim, value_dim)
+
+    def check_model(self, layers: int, kv_heads: int) -> None:
+        for method in self.methods:
+            method.check_model(layers, kv_heads)
 
     def adapt(self, form: PackFormat, keys: torch.Tensor, queries: torch.Tensor | None = None) -> PackFormat:
         return self.methods[-1].adapt(form, keys, queries)

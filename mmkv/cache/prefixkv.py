@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 
+from mmkv.cache.cache import Cache, state_of
 from mmkv.cache.eviction import Eviction
 from mmkv.cache.fill import Fill, Plan
 from mmkv.cache.method import check_numbers
+from mmkv.parts.budget import Budget
 from mmkv.parts.probe_rows import check_newest_or_all, newest_or_all
 from mmkv.parts.registry import register
 from mmkv.parts.saliency import per_kv_head
-
-if TYPE_CHECKING:
-    from mmkv.cache.cache import Cache
 
 
 @register("cache", "PrefixKV, arXiv 2412.03409")
@@ -29,7 +27,7 @@ class PrefixKV(Eviction):
     keep the same tokens. One share p holds for all layers, such that together they keep the budget.
 
     Args:
-        budget: the mean over the layers, else as in `Eviction`; that of `ratios` where they are given.
+        budget: the mean over the layers, else as in `Eviction`; the mean of `ratios` where they are given.
         sinks: first tokens of the sequence that always stay.
         residual: as in `Eviction`.
         ratios: share of the tokens that each layer keeps, 0 (excluded) to 1, one for each layer of the model: what the paper
@@ -53,11 +51,16 @@ class PrefixKV(Eviction):
 
     def __post_init__(self):
         if self.ratios is not None:
-            object.__setattr__(self, "ratios", tuple(self.ratios))
-            check_ratios(self.ratios)
-            object.__setattr__(self, "budget", float(sum(self.ratios) / len(self.ratios)))
+            object.__setattr__(self, "ratios", checked_ratios(self.ratios))
+            mean = float(sum(self.ratios) / len(self.ratios))
+            check_agreement(self.budget, mean)
+            object.__setattr__(self, "budget", mean)
         super().__post_init__()
         check_newest_or_all(self.probe_rows)
+
+    def check_model(self, layers: int, kv_heads: int) -> None:
+        if self.ratios is not None and len(self.ratios) != layers:
+            raise ValueError(f"{len(self.ratios)} ratios: this model has {layers} layers, and each needs one")
 
     def score(self, fill: Fill) -> torch.Tensor:
         mass = self.mass(fill)
@@ -70,8 +73,7 @@ class PrefixKV(Eviction):
         return fill.mass(newest_or_all(fill.length, self.probe_rows, fill.fresh)).sum
 
     def decide(self, fill: Fill, plan: Plan) -> None:
-        if len(self.ratios) != fill.layers:
-            raise ValueError(f"{len(self.ratios)} ratios: this model has {fill.layers} layers, and each needs one")
+        self.check_model(fill.layers, fill.heads)
         Eviction.decide(replace(self, budget=float(self.ratios[fill.layer]), ratios=None), fill, plan)
 
     def decide_jointly(self, fills: list[Fill], plans: list[Plan]) -> None:
@@ -130,10 +132,22 @@ def ratios_from(caches: Iterable[Cache]) -> tuple[float, ...]:
     Args:
         caches: of a model wrapped with `PrefixKV(budget=...)`, each after one prompt; a generator keeps only one alive. The
             elements of a batch count as prompts of their own.
+
+    Raises:
+        TypeError: another kind of cache, or no caches.
+        ValueError: no cache, or one without a prompt.
     """
+    needed = "needed are caches of a model wrapped with PrefixKV"
+    if not isinstance(caches, Iterable):
+        raise TypeError(f"ratios from {type(caches).__name__}: {needed}, in a list or another iterable")
     found = []
     for cache in caches:
-        valid = cache.layers[0].state.layout.valid
+        state = state_of(cache)
+        if state is None:
+            raise TypeError(f"ratios from {type(cache).__name__}: {needed}")
+        if state.layout is None or not len(state.layout):
+            raise ValueError(f"ratios from an empty {type(cache).__name__}: {needed}, each after one prompt")
+        valid = state.layout.valid
         for row in range(len(valid)):
             held = [
                 sum(segment.tokens[row] for segment in layer.segments)
@@ -146,9 +160,23 @@ def ratios_from(caches: Iterable[Cache]) -> tuple[float, ...]:
     return tuple(torch.stack(found).mean(0).tolist())
 
 
-def check_ratios(ratios: tuple) -> None:
-    """Raise ValueError for shares that are none."""
+def checked_ratios(ratios: Iterable[float]) -> tuple[float, ...]:
+    """Ratios as a tuple; ValueError for shares that are none."""
+    needed = "needed is one share for each layer, 0 (excluded) to 1"
+    if not isinstance(ratios, Iterable):
+        raise ValueError(f"ratios {ratios!r}: {needed}")
+    ratios = tuple(ratios)
     check_numbers(**{f"ratios[{i}]": ratio for i, ratio in enumerate(ratios)})
     wrong = [ratio for ratio in ratios if not 0 < ratio <= 1]
     if wrong or not ratios:
-        raise ValueError(f"ratios {wrong or ratios}: needed is one share for each layer, 0 (excluded) to 1")
+        raise ValueError(f"ratios {wrong or ratios}: {needed}")
+    return ratios
+
+
+def check_agreement(budget: Budget | float | int | str | dict, mean: float) -> None:
+    """Raise ValueError where a budget that is not the default is not the mean of the ratios either."""
+    total = Budget.of(budget).total
+    if total != Eviction.budget and not (isinstance(total, float) and abs(total - mean) < 1e-6):
+        raise ValueError(
+            f"budget {budget!r} with ratios whose mean is {mean:.3g}: ratios set the budget; leave one out"
+        )

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from mmkv.cache.fill import Fill, Plan
-from mmkv.cache.method import MIN_RESIDUAL, CacheMethod, check_numbers
+from mmkv.cache.method import MIN_RESIDUAL, CacheMethod, check_bools, check_numbers
 from mmkv.parts.registry import register
 from mmkv.parts.retrieval_heads import echo_and_induction, retrieval_heads
 
@@ -54,8 +54,7 @@ class RazorAttention(CacheMethod):
             raise ValueError(f"buffer {self.buffer}: possible are 0 to 1 (share of the tokens), 0 excluded")
         if not _whole(self.least):
             raise ValueError(f"least {self.least!r}: possible are whole numbers of tokens from 0")
-        if not isinstance(self.compensate, bool):
-            raise ValueError(f"compensate {self.compensate!r}: possible are True and False")
+        check_bools(compensate=self.compensate)
         try:
             heads = tuple((layer, head) for layer, head in self.heads)
         except (TypeError, ValueError):
@@ -63,6 +62,13 @@ class RazorAttention(CacheMethod):
         if not all(_whole(number) for pair in heads for number in pair):
             raise ValueError(f"heads {self.heads!r}: needed are pairs of whole numbers (layer, KV head), both from 0")
         object.__setattr__(self, "heads", heads)
+
+    def check_model(self, layers: int, kv_heads: int) -> None:
+        wrong = [pair for pair in self.heads if pair[0] >= layers or pair[1] >= kv_heads]
+        if wrong:
+            raise ValueError(
+                f"heads {wrong[0]}: this model has {layers} layers of {kv_heads} KV heads; find its own with RetrievalHeads"
+            )
 
     def keeping_everything(self) -> RazorAttention:
         """The same with buffers that hold all tokens."""
@@ -80,12 +86,7 @@ class RazorAttention(CacheMethod):
 
     def _retrieval(self, fill: Fill) -> torch.Tensor:
         """bool `[Hkv, 1]`."""
-        wrong = [pair for pair in self.heads if pair[0] >= fill.layers or pair[1] >= fill.heads]
-        if wrong:
-            raise ValueError(
-                f"retrieval head {wrong[0]}: this model has {fill.layers} layers of {fill.heads} KV heads; "
-                "find its own with RetrievalHeads"
-            )
+        self.check_model(fill.layers, fill.heads)
         mine = {head for layer, head in self.heads if layer == fill.layer}
         return torch.tensor([[head in mine] for head in range(fill.heads)], device=fill.keys.device)
 

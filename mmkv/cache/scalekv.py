@@ -61,14 +61,18 @@ class ScaleKV(NextScale):
         for scale, row in enumerate(self.budgets):
             check_whole(self.grid**2, **{f"budgets[{scale}][{layer}]": count for layer, count in enumerate(row)})
 
-    def after_scale(self, scale: int, fill: Fill, plan: Plan) -> None:
+    def check_model(self, layers: int, kv_heads: int) -> None:
         if not self.budgets:
             raise ValueError("ScaleKV needs budgets of each layer for each scale: budgets=scale_budgets(...)")
+        for scale, row in enumerate(self.budgets):
+            if row and len(row) != layers:
+                raise ValueError(f"budgets of {len(row)} layers for scale {scale}: this model has {layers}")
+
+    def after_scale(self, scale: int, fill: Fill, plan: Plan) -> None:
+        self.check_model(fill.layers, fill.heads)
         row = self.budgets[scale] if scale < len(self.budgets) else ()
         if not row or fill.seen <= self.base:
             return
-        if len(row) != fill.layers:
-            raise ValueError(f"budgets of {len(row)} layers for scale {scale}: this model has {fill.layers}")
         if int(plan.keep.sum(1).max()) <= row[fill.layer]:
             return
         window = grid_centres(fill, self.grid)

@@ -24,7 +24,7 @@ class SnapKV(Eviction):
         budget, sinks, residual: as in `Eviction`.
         window: queries that vote, the newest of the prompt.
         kernel: tokens over which votes are pooled, odd; 1 for none.
-        pooling: "avg" (the code's default) or "max".
+        pooling: "avg" (the code's default), "max" or "none".
 
     Where we differ: votes are averaged over the query heads of a KV head and one choice is made for it, so the memory is
     freed under grouped-query attention (the paper's code stores every query head). At least 32 newest tokens stay.

@@ -25,6 +25,7 @@ class CacheState:
         fresh: bool list, batch elements to which the last forward brought a new image or video worth a segment.
         prompted: bool list, those to which it brought a prompt: the first tokens, new media, or a long text.
         chunk_of: where a prompt is fed in chunks, the layout of the whole of it; None elsewhere.
+        chunk_base: logical position where that prompt begins.
         more: whether further chunks of the prompt follow this forward.
         max_bytes: what all layers together may hold after a forward, None for no limit.
         held: bytes of each layer when last counted; peak: the most of their sum.
@@ -44,6 +45,7 @@ class CacheState:
     fresh: list[bool] = field(default_factory=list)
     prompted: list[bool] = field(default_factory=list)
     chunk_of: TokenLayout | None = None
+    chunk_base: int = 0
     more: bool = False
     max_bytes: int | None = None
     held: dict = field(default_factory=dict)

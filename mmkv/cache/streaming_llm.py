@@ -8,6 +8,7 @@ import torch
 
 from mmkv.cache.eviction import Eviction
 from mmkv.cache.fill import Fill
+from mmkv.cache.method import MIN_RESIDUAL
 from mmkv.parts.registry import register
 
 
@@ -22,8 +23,8 @@ class StreamingLLM(Eviction):
         budget: of a prompt, sinks and newest tokens together, as in `Eviction`.
         sinks: first tokens that always stay (the paper: 4).
         recent: with a number, the cache never holds more than the sinks and about this many newest tokens, however long the
-            answer: what is older goes every 32 tokens. None: decoded tokens stay.
-        residual: newest tokens kept dense in the tail, at least 32; `recent` where that is given.
+            answer: what is older goes every 32 tokens. At least 32; None: decoded tokens stay.
+        residual: newest tokens kept dense in the tail, at least 32. Where `recent` is given, it says so instead.
 
     Where we differ: tokens keep their original positions, as all methods here do; the paper moves them together, which
     matters once a stream is longer than the positions a model was trained for.
@@ -34,8 +35,17 @@ class StreamingLLM(Eviction):
 
     def __post_init__(self):
         if self.recent is not None:
-            object.__setattr__(self, "residual", self.recent)
+            check_recent(self.recent)
+            if self.residual not in (MIN_RESIDUAL, self.recent):
+                raise ValueError(
+                    f"residual {self.residual!r} with recent {self.recent}: recent is the number of newest tokens kept dense; "
+                    "leave residual out"
+                )
         super().__post_init__()
+
+    @property
+    def residual_window(self) -> int:
+        return self.residual if self.recent is None else self.recent
 
     @property
     def interval(self) -> int | None:
@@ -50,3 +60,9 @@ class StreamingLLM(Eviction):
             super().decide(fill, plan)
         else:
             plan.drop(torch.zeros_like(plan.keep), fill)
+
+
+def check_recent(recent: int) -> None:
+    """Raise ValueError for an impossible number of newest tokens."""
+    if isinstance(recent, bool) or not isinstance(recent, int) or recent < MIN_RESIDUAL:
+        raise ValueError(f"recent {recent!r}: possible are whole numbers of tokens from {MIN_RESIDUAL}, and None")

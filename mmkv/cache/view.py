@@ -48,10 +48,11 @@ class View:
         layer, scaling = self.layer, kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         asked = Asked(query.detach(), scale, kwargs.get("softcap"), kwargs.get("is_causal") is not False)
-        chosen = attending(layer, asked) if not layer.segments else None
+        dense = not layer.segments and max(layer.packed_to) <= layer.start  # all that was seen is in the tail
+        chosen = attending(layer, asked) if dense else None
         if chosen is not None:
             result = self._sparse(query, mask, chosen, asked, **kwargs), None
-        elif not layer.segments:
+        elif dense:
             result = self._dense(stock, stock_name, module, query, mask, kwargs)
         else:
             result = self._merged(query, mask, asked, **kwargs), None

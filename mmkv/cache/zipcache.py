@@ -11,7 +11,7 @@ from mmkv.cache.formats import ChannelClass, Side
 from mmkv.cache.method import check_numbers
 from mmkv.cache.mixed import MixedPrecision
 from mmkv.kernels import code
-from mmkv.parts.probe_rows import recent, recent_and_random
+from mmkv.parts.probe_rows import check_seed, recent, recent_and_random
 from mmkv.parts.registry import register
 from mmkv.parts.saliency import normalized, per_kv_head
 
@@ -67,8 +67,7 @@ class ZipCache(MixedPrecision):
             )
         if self.most is not None and (isinstance(self.most, bool) or not isinstance(self.most, int) or self.most < 1):
             raise ValueError(f"most {self.most!r}: possible are whole numbers of queries from 1, or None for no limit")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed {self.seed!r}: a whole number is needed")
+        check_seed(self.seed)
         if self.normalize not in ("paper", "official"):
             raise ValueError(f"normalize {self.normalize!r}: possible are 'paper', 'official'")
         if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:

@@ -9,11 +9,11 @@ import torch
 
 from mmkv.cache.fill import Fill, Plan
 from mmkv.cache.formats import PackFormat
-from mmkv.cache.method import DENSE, MIN_RESIDUAL, CacheMethod, check_numbers
+from mmkv.cache.method import DENSE, MIN_RESIDUAL, CacheMethod, check_bools, check_numbers
 from mmkv.cache.zipcache import ZipCache
 from mmkv.layout import TEXT
 from mmkv.parts.choose import smallest_prefix, top_per_head
-from mmkv.parts.probe_rows import recent, recent_and_random
+from mmkv.parts.probe_rows import check_seed, recent, recent_and_random
 from mmkv.parts.registry import register
 from mmkv.parts.saliency import normalized
 
@@ -76,6 +76,8 @@ class ZipVL(CacheMethod):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < (name != "random"):
                 raise ValueError(f"{name} {value!r}: possible are whole numbers from {int(name != 'random')}")
+        check_seed(self.seed)
+        check_bools(sparse=self.sparse, text=self.text)
         self._storage()
 
     @property

@@ -68,7 +68,9 @@ class Budget:
         counts = [a for a in (self.total, self.text, self.image, self.video) if isinstance(a, int)]
         return min(counts, default=None)
 
-    def pools(self, modality: torch.Tensor, present: torch.Tensor, bytes_per_token: float = 1.0):
+    def pools(
+        self, modality: torch.Tensor, present: torch.Tensor, bytes_per_token: float = 1.0, bytes_beyond: float = 0.0
+    ) -> list[tuple[torch.Tensor, int]]:
         """Which tokens compete, and how many of them may stay.
 
         Args:
@@ -76,6 +78,7 @@ class Budget:
             present: fp32, the same shape: share of the KV heads that still hold each, 1 where none was dropped; ratios
                 count these.
             bytes_per_token: of one token over all layers, KV heads and batch elements, as it will be stored.
+            bytes_beyond: what some of them take beyond that.
 
         Returns:
             list of (bool as `modality`, count): once for all tokens, or one modality after the other.
@@ -83,12 +86,14 @@ class Budget:
         rows = modality.shape[0] if modality.dim() > 1 else 1
         if self.total is not None:
             every = torch.ones_like(modality, dtype=torch.bool)
-            return [(every, tokens_of(self.total, float(present.sum()) / rows, bytes_per_token))]
+            return [(every, tokens_of(self.total, float(present.sum()) / rows, bytes_per_token, bytes_beyond))]
         out = []
         for kind, name in enumerate(MODALITIES):
             mine, amount = modality == kind, getattr(self, name)
             count = float(present[mine].sum()) / rows
-            out.append((mine, round(count) if amount is None else tokens_of(amount, count, bytes_per_token)))
+            out.append(
+                (mine, round(count) if amount is None else tokens_of(amount, count, bytes_per_token, bytes_beyond))
+            )
         return out
 
 
@@ -105,24 +110,32 @@ def check_amount(amount: Amount) -> None:
         raise ValueError(f"budget {amount!r}: {possible}")
 
 
-def tokens_of(amount: Amount, count: float, bytes_per_token: float) -> int:
+def tokens_of(amount: Amount, count: float, bytes_per_token: float, bytes_beyond: float = 0.0) -> int:
     """How many of `count` tokens an amount lets stay."""
     if isinstance(amount, float):
         return int(amount * count + 1e-6)
     if isinstance(amount, int):
         return min(amount, round(count))
-    return min(int(bytes_of(amount) / bytes_per_token), round(count))
+    return min(max(int((bytes_of(amount) - bytes_beyond) / bytes_per_token), 0), round(count))
 
 
-def bytes_of(text: str | int) -> int:
+def bytes_of(text: str | int, option: str = "budget") -> int:
     """Bytes from a number or from text such as '64MiB' or '1.5 GB'.
 
+    Args:
+        text: the number or the text.
+        option: what it was given for, named in the error.
+
     Raises:
-        ValueError: neither.
+        ValueError: neither, or less than one byte.
     """
     if isinstance(text, int) and not isinstance(text, bool) and text > 0:
         return text
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]+)\s*", text) if isinstance(text, str) else None
-    if not found or found[2] not in UNITS or float(found[1]) <= 0:
-        raise ValueError(f"{text!r} is no number of bytes; write a number and one of {', '.join(UNITS)}: '64MiB'")
-    return int(float(found[1]) * UNITS[found[2]])
+    count = int(float(found[1]) * UNITS[found[2]]) if found and found[2] in UNITS else 0
+    if count < 1:
+        raise ValueError(
+            f"{option} {text!r}: needed is a whole number of bytes above 0, or text such as '64MiB' (a number and one of "
+            f"{', '.join(UNITS)})"
+        )
+    return count

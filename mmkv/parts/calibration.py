@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 
@@ -49,9 +49,11 @@ class Calibration:
 
     model: Identity
 
+    each: ClassVar[str] = "layer"  # what there is a group of indices for
+
     def __post_init__(self):
         for name, value in self._content().items():
-            object.__setattr__(self, name, groups_of(name, value))
+            object.__setattr__(self, name, groups_of(name, value, self.each))
 
     def _content(self) -> dict[str, object]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "model"}
@@ -115,6 +117,8 @@ class LayerRoles(Calibration):
 
     drafters: tuple[tuple[int, ...], ...] = ()
 
+    each: ClassVar[str] = "scale"
+
     def __post_init__(self):
         super().__post_init__()
         check_groups("drafters", self.drafters, len(self.drafters), self.model.layers, "scale", "layer")
@@ -135,8 +139,8 @@ def check_groups(name: str, groups: tuple, count: int, size: int, where: str, wh
             raise ValueError(f"{name} of {where} {i}: there is no {what} {wrong[0]}, this model has {size}")
 
 
-def groups_of(name: str, value) -> tuple[tuple[int, ...], ...]:
-    """Groups of indices as ascending tuples.
+def groups_of(name: str, value, each: str = "layer") -> tuple[tuple[int, ...], ...]:
+    """Groups of indices, one for each `each`, as ascending tuples.
 
     Raises:
         ValueError: something else, or an index twice.
@@ -147,7 +151,9 @@ def groups_of(name: str, value) -> tuple[tuple[int, ...], ...]:
         groups = ((None,),)
     good = all(type(index) is int and index >= 0 for group in groups for index in group)
     if not good or any(len(set(group)) < len(group) for group in groups):
-        raise ValueError(f"{name} {value!r}: needed is one group of different whole numbers from 0 for each")
+        raise ValueError(
+            f"{name} {value!r}: needed is for each {each} a group of different whole numbers from 0, as in ((0, 2), (), (1,))"
+        )
     return tuple(tuple(sorted(group)) for group in groups)
 
 

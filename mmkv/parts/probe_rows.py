@@ -38,6 +38,12 @@ def evenly(length: int, count: int, first: int = 0) -> torch.Tensor:
     return first + (2 * torch.arange(count) + 1) * there // max(2 * count, 1)
 
 
+def check_seed(seed: int) -> None:
+    """Raise ValueError for what seeds no random rows."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed {seed!r}: a whole number is needed")
+
+
 def check_window(window: int) -> None:
     """Raise ValueError for an impossible number of probe rows."""
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import random_models as rm
 import torch
@@ -80,7 +82,7 @@ def test_budgets(method, budget, count):
 
 def test_a_budget_in_bytes_is_one_of_the_whole_cache():
     """All layers, heads and batch elements share it: 4 layers x 2 rows x 2 heads x 16 + 16 fp32 numbers a token."""
-    per_token = 4 * 2 * 2 * 32 * 4
+    per_token = 4 * 2 * 2 * (32 * 4 + 4)  # and a position each
     bare = Bare(SnapKV(budget=f"{per_token * 70}B"), batch=2, layers=4).feed(300)
     assert all(len(kept(bare, h, r, i)) == 70 for h in range(2) for r in range(2) for i in range(4))
 
@@ -166,6 +168,28 @@ def test_streaming_forever():
         assert len(at) <= 4 + 64 + 32
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (dict(recent=5), "^recent 5: possible are whole numbers of tokens from 32, and None"),
+        (dict(recent=True), "^recent True: "),
+        (dict(recent=64.0), "^recent 64.0: "),
+        (dict(recent=64, residual=128), "^residual 128 with recent 64: "),
+        (dict(recent=64, residual=48), "^residual 48 with recent 64: "),
+    ],
+)
+def test_impossible_recent(options, says):
+    with pytest.raises(ValueError, match=says) as caught:
+        StreamingLLM(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_recent_is_the_residual_window():
+    assert StreamingLLM(recent=64).residual_window == StreamingLLM(recent=64, residual=64).residual_window == 64
+    assert StreamingLLM(residual=48).residual_window == 48
+    assert replace(StreamingLLM(recent=64), recent=96).residual_window == 96
+
+
 # --- H2O
 
 
@@ -182,7 +206,7 @@ def test_h2o_against_a_naive_loop():
                 mass[: t + 1] += (keys[0, head, : t + 1].double() @ queries[0, q_head, t].double() / 4).softmax(0)
         heavy = mass[: n - 36].topk(24).indices.sort().values.tolist()
         assert kept(bare, head) == heavy + list(range(n - 36, n))
-        assert torch.allclose(bare.layer.scores[0, head].double() * 2, mass, rtol=1e-4)
+        assert torch.allclose(bare.layer.scores.mass[0, head].double() * 2, mass, rtol=1e-4)
 
 
 def test_h2o_keeps_its_size_while_decoding():

@@ -275,6 +275,12 @@ def test_impossible_settings(wrong):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("bits", [3, "2", True, 2.5, None])
+def test_impossible_bits_are_named(bits):
+    with pytest.raises(ValueError, match=f"^bits {bits!r}: possible are 1, 2, 4, 8$"):
+        GEAR(bits=bits)
+
+
 def test_a_rank_above_the_head_size_is_refused():
     with pytest.raises(ValueError, match="rank 17: blocks of 128 tokens and 16 channels have at most 16"):
         mmkv.wrap(rm.make("qwen2"), cache=[GEAR(rank=17)])

@@ -343,6 +343,21 @@ def test_head_groups_that_do_not_fit(structural, says):
     assert "\n" not in str(caught.value)
 
 
+def test_what_structural_takes_is_said():
+    with pytest.raises(
+        ValueError, match=r"^structural 5: needed is for each layer a group of different whole numbers from 0,"
+    ):
+        HACK(structural=5)
+
+
+def test_heads_are_checked_against_a_models_shape():
+    for method in (HACK(((0,), (3,))), HACK(HeadClasses(Identity("x", 2, 4), ((0,), (3,))))):
+        method.check_model(2, 4)
+        for layers, heads, says in ((3, 4, "this model has 3"), (2, 3, "no KV head 3")):
+            with pytest.raises(ValueError, match=says):
+                method.check_model(layers, heads)
+
+
 @pytest.mark.parametrize(
     "options",
     [

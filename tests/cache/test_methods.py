@@ -330,6 +330,12 @@ def test_impossible_settings(make):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("bits", [3, "2", True, 2.5, None])
+def test_impossible_bits_are_named(bits):
+    with pytest.raises(ValueError, match=f"^bits {bits!r}: possible are 1, 2, 4, 8$"):
+        KIVI(bits=bits)
+
+
 @pytest.mark.parametrize("bits", [1.58, 2, 4, 8])
 @pytest.mark.parametrize("codebook", ["gaussian", "minmax"])
 @pytest.mark.parametrize("basis", ["channel", "rotated"])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import random_models as rm
 import torch
 from cache_reference import Bare, checked_attention, held_by_head
+from transformers import DynamicCache
 
 import mmkv
-from mmkv.cache import PrefixKV, ratios_from, settle_jointly
+from mmkv.cache import KIVI, PrefixKV, ratios_from, settle_jointly
 from mmkv.cache.fill import Asked, Fill, Plan
 from mmkv.kernels import Mass
 from mmkv.layout import VIDEO, TokenLayout
@@ -182,8 +184,46 @@ def test_ratios_of_a_wrapped_model():
 def test_ratios_for_another_model():
     with pytest.raises(ValueError, match="2 ratios: this model has 3 layers"):
         Bare(PrefixKV(ratios=(0.5, 0.5)), layers=3).feed(100)
-    with pytest.raises(ValueError, match="at least one cache"):
-        ratios_from([])
+    for cache in ([PrefixKV(ratios=(0.5, 0.5))], [PrefixKV(ratios=(0.5, 0.5)), KIVI()]):
+        model = rm.make("qwen2")
+        with pytest.raises(ValueError, match="2 ratios: this model has 3 layers"):
+            mmkv.wrap(model, cache=cache)
+        assert not hasattr(model, "_mmkv")
+        assert model.config.get_text_config()._attn_implementation != "mmkv"
+
+
+@pytest.mark.parametrize(
+    ("caches", "error", "says"),
+    [
+        (list, ValueError, "at least one cache"),
+        (lambda: [DynamicCache()], TypeError, "ratios from DynamicCache: needed are caches of a model wrapped with PrefixKV"),
+        (lambda: [3], TypeError, "ratios from int: needed are caches of a model wrapped with PrefixKV"),
+        (lambda: 3, TypeError, "in a list"),
+        (lambda: [mmkv.Cache(mmkv.wrap(rm.make("qwen2"), cache=[PrefixKV()]))], ValueError, "empty Cache"),
+    ],
+)  # fmt: skip
+def test_ratios_from_what_holds_none(caches, error, says):
+    with pytest.raises(error, match=says) as caught:
+        ratios_from(caches())
+    assert "\n" not in str(caught.value)
+
+
+def test_ratios_that_are_no_sequence():
+    with pytest.raises(ValueError, match="ratios 5: needed is one share for each layer"):
+        PrefixKV(ratios=5)
+
+
+@pytest.mark.parametrize("budget", [0.9, 300, "64MiB", {"video": 0.25}])
+def test_a_budget_beside_ratios(budget):
+    with pytest.raises(ValueError, match=r"^budget .* with ratios whose mean is 0.4: ") as caught:
+        PrefixKV(ratios=(0.5, 0.3), budget=budget)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_budget_that_agrees_with_the_ratios():
+    method = PrefixKV(ratios=(0.5, 0.3), budget=0.4)
+    assert replace(method, sinks=0).budget.total == 0.4
+    assert PrefixKV(ratios=(0.5, 0.3), budget=0.25).budget.total == 0.4  # the default cannot be told from a given one
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def promised(bare) -> float:
             if segment.positions is not None:
                 total += 4 * segment.positions.numel()
     if layer.scores is not None:
-        total += 4 * layer.scores.numel()
+        total += 4 * layer.scores.mass.numel() + 4 * len(layer.scores.positions)
     return total
 
 

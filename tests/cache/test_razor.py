@@ -8,7 +8,7 @@ import torch
 from cache_reference import Bare, held_by_head
 
 import mmkv
-from mmkv.cache import RazorAttention, RetrievalHeads
+from mmkv.cache import KIVI, RazorAttention, RetrievalHeads
 from mmkv.cache.summary import SummarySegment
 from mmkv.kernels import attend_dense, merge
 from mmkv.parts.retrieval_heads import repeated_tokens
@@ -215,6 +215,20 @@ def test_heads_of_another_model():
     for pair in ((2, 0), (0, 2)):
         with pytest.raises(ValueError, match="2 layers of 2 KV heads"):
             Bare(RazorAttention(heads=(pair,), least=32), layers=2).feed(100)
+
+
+@pytest.mark.parametrize("pair", [(3, 0), (0, 2)])
+@pytest.mark.parametrize("others", [(), (KIVI(),)], ids=["alone", "packed"])
+def test_heads_of_another_model_are_refused_by_wrap(pair, others):
+    model = rm.make("qwen2")
+    with pytest.raises(
+        ValueError, match=rf"heads \({pair[0]}, {pair[1]}\): this model has 3 layers of 2 KV heads"
+    ) as caught:
+        mmkv.wrap(model, cache=[RazorAttention(heads=((0, 1), pair)), *others])
+    assert "\n" not in str(caught.value)
+    assert not hasattr(model, "_mmkv")
+    assert model.config.get_text_config()._attn_implementation != "mmkv"
+    mmkv.unwrap(mmkv.wrap(model, cache=[RazorAttention(heads=((2, 1),)), *others]))
 
 
 def test_heads_may_be_a_list():

@@ -297,6 +297,15 @@ def test_budgets_of_another_model_are_refused():
     assert "\n" not in str(caught.value)
 
 
+def test_budgets_are_checked_against_a_models_layers():
+    method = ScaleKV(((), (16, 20), (18, 30)))
+    method.check_model(2, 4)
+    with pytest.raises(ValueError, match="budgets of 2 layers for scale 1: this model has 3"):
+        method.check_model(3, 4)
+    with pytest.raises(ValueError, match="scale 2"):
+        ScaleKV(((), (16, 20), (18, 30, 40))).check_model(2, 4)
+
+
 @pytest.mark.parametrize(
     "options",
     [

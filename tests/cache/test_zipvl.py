@@ -180,6 +180,11 @@ def test_padded_batches_and_unusual_attention(family):
         dict(random=-1),
         dict(interval=0),
         dict(high=3),
+        dict(seed=1.5),
+        dict(seed=True),
+        dict(sparse="no"),
+        dict(text="no"),
+        dict(text=1),
     ],
     ids=str,
 )
@@ -187,3 +192,4 @@ def test_impossible_options(bad):
     with pytest.raises(ValueError) as caught:
         ZipVL(**bad)
     assert "\n" not in str(caught.value)
+    assert next(iter(bad)) in str(caught.value)

@@ -63,6 +63,16 @@ def test_bytes():
     assert bytes_of("64MiB") == 64 * 2**20
     assert bytes_of("1.5 GB") == 1_500_000_000
     assert bytes_of(77) == 77
+    assert bytes_of("0.5KB") == 500
+
+
+@pytest.mark.parametrize("bad", ["0.0001B", "0.9 B", "0KiB", 0, -1, True, 1.5, None, "5", "lots"], ids=str)
+def test_what_is_no_number_of_bytes(bad):
+    with pytest.raises(ValueError) as caught:
+        bytes_of(bad, "max_bytes")
+    wants = f"max_bytes {bad!r}: needed is a whole number of bytes above 0, or text such as '64MiB'"
+    assert str(caught.value).startswith(wants)
+    assert "\n" not in str(caught.value)
 
 
 def test_rows():
