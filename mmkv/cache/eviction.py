@@ -12,6 +12,8 @@ from mmkv.cache.method import MIN_RESIDUAL, CacheMethod
 from mmkv.parts.budget import Budget
 from mmkv.parts.choose import top_per_head
 
+DEFAULT_BUDGET = 0.25
+
 
 @dataclass(frozen=True)
 class Eviction(CacheMethod):
@@ -26,7 +28,7 @@ class Eviction(CacheMethod):
         residual: newest tokens kept, dense, at least 32.
     """
 
-    budget: Budget | float | int | str | dict = 0.25
+    budget: Budget | float | int | str | dict = DEFAULT_BUDGET
     sinks: int = 0
     residual: int = MIN_RESIDUAL
 

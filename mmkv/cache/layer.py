@@ -402,7 +402,8 @@ class KVLayer(CacheLayerMixin):
             )
         if self.state.seen != (self.seen if self.index == 0 else length):
             raise RuntimeError(
-                f"layer {self.index} has seen {self.seen} tokens, other layers have not: a forward failed half-way; start a new cache"
+                f"layer {self.index} has seen {self.seen} tokens, other layers have not: a forward failed half-way; start a "
+                "new cache"
             )
         if self.index == 0:
             self.state.crop(length)

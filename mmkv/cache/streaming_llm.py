@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from mmkv.cache.eviction import Eviction
+from mmkv.cache.eviction import DEFAULT_BUDGET, Eviction
 from mmkv.cache.fill import Fill
 from mmkv.cache.method import MIN_RESIDUAL
+from mmkv.parts.budget import Budget
 from mmkv.parts.registry import register
 
 
@@ -41,6 +42,8 @@ class StreamingLLM(Eviction):
                     f"residual {self.residual!r} with recent {self.recent}: recent is the number of newest tokens kept dense; "
                     "leave residual out"
                 )
+            if Budget.of(self.budget).total not in (DEFAULT_BUDGET, 1.0):
+                raise ValueError(f"budget {self.budget!r} with recent {self.recent}: give one of the two")
         super().__post_init__()
 
     @property
