@@ -246,7 +246,8 @@ def test_h2o_wants_one_budget():
     [
         lambda: SnapKV(budget=0), lambda: SnapKV(budget=1.2), lambda: SnapKV(budget=16), lambda: SnapKV(budget=33, sinks=4),
         lambda: SnapKV(window=0), lambda: SnapKV(kernel=4), lambda: SnapKV(pooling="sum"), lambda: SnapKV(residual=8),
-        lambda: SnapKV(budget=True), lambda: H2O(recent=1.0), lambda: H2O(recent="a"), lambda: StreamingLLM(recent=5), lambda: StreamingLLM(recent=64, budget=0.5),
+        lambda: SnapKV(budget=True), lambda: H2O(recent=1.0), lambda: H2O(recent="a"), lambda: StreamingLLM(recent=5),
+        lambda: StreamingLLM(recent=64, budget=0.5),
         lambda: StreamingLLM(sinks=-1),
     ],
 )  # fmt: skip
