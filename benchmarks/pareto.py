@@ -192,7 +192,7 @@ def compose(bench: Bench, which: list[Point], protocol: str, videos: range, fres
 
     The evicting part alone has a budget that takes the mix's bytes. The storing part alone is its smallest setting that
     takes at least as many, or its smallest of all where none is so small. To be chosen, a mix and its parts have to be on
-    their sides of the limit by a standard error; all are then measured once more on fresh videos, on which nothing was
+    their sides of the limit by a standard error; they are then measured once more on fresh videos, on which nothing was
     chosen. Where no mix of a family is, its smallest one within the limit is reported.
     """
     measured = {point: bench.row(point, protocol, videos) for point in which}
@@ -200,45 +200,34 @@ def compose(bench: Bench, which: list[Point], protocol: str, videos: range, fres
     for family in dict.fromkeys(point.family for point in which if point.mix):
         good = [p for p in which if p.family == family and _loses(measured[p], 1) <= WITHIN]
         good.sort(key=lambda p: measured[p]["share"])
-        found = None
+        found: tuple = ()
         for point in good[:TRIES]:
             size = measured[point]["share"]
-            evicts = alone(point, size)
             stores = [p for p in which if len(p.cache) == 1 and type(p.cache[0]) is type(point.cache[1])]
             fitting = [p for p in stores if measured[p]["share"] >= size]
             quantizes = min(fitting or stores, key=lambda p: measured[p]["share"])
+            fails = _loses(measured[quantizes], -1) > WITHIN
+            if found and not fails:
+                continue
+            evicts = alone(point, size)
             bench.measure([evicts], [protocol], videos)
-            holds = min(_loses(bench.row(p, protocol, videos), -1) for p in (evicts, quantizes)) > WITHIN
-            if found is None or holds:
-                found = (point, evicts, quantizes, holds)
+            holds = fails and _loses(bench.row(evicts, protocol, videos), -1) > WITHIN
+            if holds or not found:
+                found = (point, evicts, quantizes)
             if holds:
                 break
-        if found is None:
-            out.append(
-                dict(
-                    mix=family,
-                    protocol=protocol,
-                    holds=False,
-                    why=f"none is within {WITHIN:g} points by a standard error",
-                )
-            )
+        about = dict(mix=family, protocol=protocol)
+        if not found:
+            out.append(about | dict(holds=False, why=f"none is within {WITHIN:g} points by a standard error"))
             continue
-        *trio, holds = found
-        bench.measure([DENSE, *trio], [protocol], fresh)
-        again = [bench.row(p, protocol, fresh) for p in trio]
-        losses = [row["loss_points"] for row in again]
-        out.append(
-            dict(
-                mix=family,
-                protocol=protocol,
-                holds=holds,
-                holds_on_fresh_videos=losses[0] <= WITHIN and min(losses[1:]) > WITHIN,
-                parts=[
-                    dict(method=p.family, setting=p.setting, chosen_on=bench.row(p, protocol, videos), fresh=row)
-                    for p, row in zip(trio, again)
-                ],
-            )
-        )
+        parts = [dict(method=p.family, setting=p.setting, chosen_on=bench.row(p, protocol, videos)) for p in found]
+        if holds:
+            bench.measure([DENSE, *found], [protocol], fresh)
+            again = [bench.row(p, protocol, fresh) for p in found]
+            parts = [part | dict(fresh=row) for part, row in zip(parts, again)]
+            losses = [row["loss_points"] for row in again]
+            about["holds_on_fresh_videos"] = losses[0] <= WITHIN and min(losses[1:]) > WITHIN
+        out.append(about | dict(holds=holds, parts=parts))
     return out
 
 
@@ -276,11 +265,12 @@ def composition_table(result: dict) -> Table:
         if "parts" not in found:
             out.add_row(found["mix"], found["protocol"], "", "", "", "", found["why"])
             continue
-        words = {(True, True): "yes, and on fresh videos", (True, False): "yes, not on fresh videos"}
-        verdict = words.get((found["holds"], found["holds_on_fresh_videos"]), "no")
+        verdict = "no"
+        if found["holds"]:
+            verdict = "yes, and on fresh videos" if found["holds_on_fresh_videos"] else "yes, not on fresh videos"
         for i, part in enumerate(found["parts"]):
             head = (found["mix"], found["protocol"]) if i == 0 else ("", "")
-            old, new = _scores(part["chosen_on"])[1], _scores(part["fresh"])[1]
+            old, new = (_scores(part[where])[1] if where in part else "-" for where in ("chosen_on", "fresh"))
             name = f"{part['method']}, {part['setting']}"
             out.add_row(*head, name, f"{part['chosen_on']['share']:.1%}", old, new, verdict if i == 0 else "")
     return out
