@@ -1,7 +1,7 @@
 """What choosing costs: the share of a prefill that each method spends on probing, deciding and storing, and the peak.
 
 Each method reads the same random prompt on the same random-weight model. Time is taken around the layers' own work
-(`KVLayer.attending`, `KVLayer.settle`) and compared with the rest of that same prefill, so that a slow moment of the machine
+(`attending`, `KVLayer.settle`) and compared with the rest of that same prefill, so that a slow moment of the machine
 hits both. Methods that look at a few probe rows may cost 5 %; the others say at what they look. Nothing here is about quality.
 
     python benchmarks/prefill_cost.py                      # 8,192 tokens, small model, CPU
@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 import mmkv
-from mmkv.cache import KVLayer, pipeline
+from mmkv.cache import KVLayer, pipeline, view
 
 SMALL = dict(
     hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2
@@ -74,14 +74,14 @@ class Stopwatch:
 
     def prefill(self, model, ids) -> tuple[float, float]:
         """Seconds of one prefill: of all of it, and of the layers' own work."""
-        attending, settle = KVLayer.attending, KVLayer.settle
-        KVLayer.attending, KVLayer.settle = self.around(attending), self.around(settle)
+        attending, settle = view.attending, KVLayer.settle
+        view.attending, KVLayer.settle = self.around(attending), self.around(settle)
         self.spent, begun = 0.0, self.now()
         try:
             with torch.no_grad():
                 model(ids, logits_to_keep=1, use_cache=True)
         finally:
-            KVLayer.attending, KVLayer.settle = attending, settle
+            view.attending, KVLayer.settle = attending, settle
         return self.now() - begun, self.spent
 
 
