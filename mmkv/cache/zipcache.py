@@ -53,7 +53,7 @@ class ZipCache(MixedPrecision):
     ratio: float = 0.6
     newest: float = 0.05
     random: float = 0.05
-    most: int | None = 128
+    most: int | None = 64
     seed: int = 0
     normalize: str = "paper"
     interval: int = 100

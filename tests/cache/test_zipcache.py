@@ -324,7 +324,7 @@ def test_a_long_prompt_has_at_most_so_many_probes():
 
     fill = blank(8000)
     fill.__class__ = Counted
-    for most, count in ((128, 256), (10, 20), (None, 800)):
+    for most, count in ((64, 128), (10, 20), (None, 800)):
         ZipCache(most=most).score(fill)
         assert looked[-1] == count
     with pytest.raises(ValueError, match="most"):
