@@ -39,12 +39,14 @@ class Pieces:
         # nobody reads the hidden states of the tokens before
         self._skips = isinstance(wanted, int) and 0 < wanted <= last
         self._hidden: list[torch.Tensor] = []
+        self.at = 0  # first token of the chunk that runs
 
     def run(self, embeds: torch.Tensor | None) -> dict:
         """Run all chunks but the last, and enter the last into the state; returns the keywords to run it with."""
         self.state.chunk_of, self.state.chunk_base = self.layout, self.state.seen
         for span in self.spans:
             self.state.more = span is not self.spans[-1]
+            self.at = span.start
             self.state.extend(self.layout.take(span), None if embeds is None else embeds[:, span])
             if self.state.more:
                 self.module(**self._cut(span))

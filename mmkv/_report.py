@@ -28,6 +28,8 @@ class Report:
         tokens_seen: valid tokens that entered the cache, summed over the batch.
         tokens_held: those still stored, averaged over layers.
         tokens: valid tokens seen per modality.
+        tokens_per_layer: tokens of the last prompt with images or video that each decoder layer computed, summed over the batch;
+            empty where no token method is at work.
         prefill_seconds: duration of the forwards that read prompts (the first one, and those with more than 32 new
             tokens), vision tower included, since the cache was empty.
         decode_tokens_per_second: growth of the sequence per second of all other forwards; None before the first.
@@ -45,6 +47,7 @@ class Report:
     tokens_seen: int = 0
     tokens_held: float = 0
     tokens: dict[str, int] = field(default_factory=dict)
+    tokens_per_layer: tuple[int, ...] = ()
     prefill_seconds: float | None = None
     decode_tokens_per_second: float | None = None
     decode_tokens: int = 0
@@ -74,9 +77,20 @@ class Report:
             ("dense tail and sinks", size(self.tail_bytes)),
             ("tokens seen", f"{self.tokens_seen:,} ({modality})"),
             ("tokens held", f"{self.tokens_held:,.0f} per layer"),
+            *self._computed(),
             ("prefill", prefill),
             ("decode", speed),
         ]
+
+    def _computed(self) -> list[tuple[str, str]]:
+        """Tokens that the layers computed, in runs of layers: "1,052 in layers 0-1, 540 in 2-27"."""
+        counts, parts, first = self.tokens_per_layer, [], 0
+        for layer in range(1, len(counts) + 1):
+            if layer == len(counts) or counts[layer] != counts[first]:
+                span = f"{first}-{layer - 1}" if layer - 1 > first else f"{first}"
+                parts.append(f"{counts[first]:,} in layer{'s' * (layer - 1 > first)} {span}")
+                first = layer
+        return [("tokens computed", ", ".join(parts))] if parts else []
 
     def __rich__(self):
         from rich.table import Table
@@ -112,7 +126,9 @@ def report(model) -> Report:
     """
     from mmkv._wrap import session
 
-    return session(model).meter.report()
+    found = session(model)
+    trace = found.dropping.trace if found.dropping is not None else None
+    return found.meter.report(() if trace is None else tuple(trace.computed()))
 
 
 class Meter:
@@ -152,11 +168,11 @@ class Meter:
             self._decode_tokens += grown
             self._decode_seconds += seconds
 
-    def read(self, layers, state) -> None:
-        """Count what the layers hold, after a forward of the decoder."""
+    def read(self, layers, state, new: int) -> None:
+        """Count what the layers hold, after a forward of the decoder that brought `new` tokens."""
         layout = state.layout
         if self._stream is None or self._stream() is not state:
-            self._stream, self._before = weakref.ref(state), len(layout) - layers[0].new
+            self._stream, self._before = weakref.ref(state), len(layout) - new
         self._seen = len(layout)
         valid = layout.valid
         seen = int(valid.sum())
@@ -167,10 +183,11 @@ class Meter:
             dense += seen * per_token * layer.keys.element_size()
             apart = sum(sum(segment.tokens) for segment in layer.segments)
             packed = sum(sum(segment.tokens) for segment in layer.packed)
-            split = (layer.start, *layer.packed_to)  # alike in most layers
+            split = (id(layer.state), layer.start, *layer.packed_to)  # alike in most layers
             if split not in in_tails:
+                there = layer.state.layout.valid
                 in_tails[split] = sum(
-                    int(valid[row, max(layer.start, p) :].sum()) for row, p in enumerate(layer.packed_to)
+                    int(there[row, max(layer.start, p) :].sum()) for row, p in enumerate(layer.packed_to)
                 )
             held += apart + in_tails[split]
             held_elements += (apart + in_tails[split]) * per_token
@@ -189,10 +206,11 @@ class Meter:
             tokens=layout.counts(),
         )
 
-    def report(self) -> Report:
+    def report(self, tokens_per_layer: tuple[int, ...] = ()) -> Report:
         speed = self._decode_tokens / self._decode_seconds if self._decode_seconds else None
         return Report(
             **self._numbers,
+            tokens_per_layer=tokens_per_layer,
             prefill_seconds=self._prefill,
             decode_tokens_per_second=speed,
             decode_tokens=self._decode_tokens,

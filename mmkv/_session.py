@@ -8,10 +8,13 @@ from functools import cached_property
 import torch
 
 from mmkv._chunks import Pieces
+from mmkv._dropping import Dropping
+from mmkv._looking import Looking
 from mmkv._report import Meter
 from mmkv.cache import NAME, Cache, CacheMethod, adopt, register, settle_jointly, state_of
 from mmkv.layout import TokenLayout
 from mmkv.models import Adapter
+from mmkv.tokens.method import TokenMethod
 
 
 class Session:
@@ -23,6 +26,7 @@ class Session:
         positions: "stock" or "trained".
         max_bytes: what the cache may hold after a forward, None for no limit.
         prefill_chunk: tokens of a prompt that run through the decoder at a time, None for all.
+        tokens: methods that drop or merge vision tokens.
     """
 
     def __init__(
@@ -32,12 +36,16 @@ class Session:
         positions: str,
         max_bytes: int | None,
         prefill_chunk: int | None,
+        tokens: tuple[TokenMethod, ...] = (),
     ):
         self.adapter, self.method, self.positions = adapter, method, positions
         self.max_bytes, self.prefill_chunk = max_bytes, prefill_chunk
         self.text_config = adapter.text_config
         self.stock = self.text_config._attn_implementation
         self.meter = Meter()
+        self.dropping = Dropping(adapter, tokens) if tokens else None
+        self.looking = Looking(adapter, tokens, self.dropping.media.noted_in_tower) if tokens else None
+        self._uncached = False  # a cache was made for a forward that asked for none
         self._inputs: dict = {}  # keywords of the forward in progress
         self._pieces: Pieces | None = None  # of a prompt that is being read in chunks
         self._hooks: list = []
@@ -54,6 +62,9 @@ class Session:
         self._hooks.append(model.register_forward_hook(self._after_model, always_call=True))
         self._hooks.append(text_model.register_forward_pre_hook(self._before_text, with_kwargs=True))
         self._hooks.append(text_model.register_forward_hook(self._after_text, with_kwargs=True))
+        if self.dropping is not None:
+            self._hooks += self.dropping.attach()
+            self.looking.attach()
         if self.method is not None and self.method.reads_hidden:
             post = self.method.reads_hidden == "post"
             for module in self.adapter.attention_modules() if post else text_model.layers:
@@ -65,6 +76,8 @@ class Session:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if self.looking is not None:
+            self.looking.detach()
         if self.text_config._attn_implementation == NAME:  # else the user has set another one since
             self.text_config._attn_implementation = self.stock
         for module in self.adapter.attention_modules():
@@ -73,10 +86,13 @@ class Session:
 
     def _before_layer(self, module, args, kwargs):
         """Keep the norms of the hidden states that enter a decoder layer, or its attention."""
-        state = state_of(kwargs.get("past_key_values"))
+        cache = kwargs.get("past_key_values")
+        if state_of(cache) is None:
+            return
         hidden = args[0] if args else kwargs["hidden_states"]
-        if state is not None and any(state.prompted):
-            index = getattr(module, "self_attn", module).layer_idx
+        index = getattr(module, "self_attn", module).layer_idx
+        state = cache.layers[index].state
+        if any(state.prompted):
             state.norms[index] = torch.linalg.vector_norm(hidden.detach(), dim=-1, dtype=torch.float32)
 
     @cached_property
@@ -95,6 +111,8 @@ class Session:
         if kwargs.get("output_attentions") or self.text_config.output_attentions:
             raise ValueError("output_attentions does not work with a wrapped model: attention weights are never formed")
         self._refuse_unmasked(kwargs)
+        if self.dropping is not None:
+            self._refuse_dropping(kwargs)
         cache = kwargs.get("past_key_values")
         if cache is not None:
             adopt(cache, self.text_config, self.method, self.max_bytes)
@@ -118,15 +136,28 @@ class Session:
                 f"this batch holds padding (id {pad}) but no attention_mask was given; pass attention_mask"
             )
 
+    def _refuse_dropping(self, kwargs: dict) -> None:
+        """What asks for something of every token cannot have it where some are dropped."""
+        if kwargs.get("labels") is not None:
+            raise ValueError(
+                "labels with tokens=...: a dropped token has no loss; leave labels out or call mmkv.unwrap(model)"
+            )
+        if kwargs.get("output_hidden_states"):
+            raise ValueError("output_hidden_states does not work with tokens=...: layers hold different tokens")
+        if self.adapter.model.training and torch.is_grad_enabled():
+            raise ValueError("tokens=... is for inference; call model.eval(), or mmkv.unwrap(model) to train")
+
     def _after_model(self, module, args, output):
         if self._pieces is not None:
             self._pieces.state.chunk_of, self._pieces.state.more = None, False
         self._inputs, self._pieces = {}, None
+        if self.dropping is not None:
+            self.dropping.forget()
         self.meter.stop()
 
     def _before_text(self, module, args, kwargs):
         if self._pieces is not None:  # a chunk of a prompt, run by `Pieces`
-            return None
+            return args, self._dropped(kwargs, self._pieces.at)
         embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids", args[0] if args else None)
         new = embeds if embeds is not None else ids
         use_cache = kwargs.get("use_cache")
@@ -134,20 +165,40 @@ class Session:
             use_cache = self.text_config.use_cache
         cache = kwargs.get("past_key_values")
         if cache is None:
-            if not use_cache or (module.training and torch.is_grad_enabled()):
+            uncached = not use_cache or (module.training and torch.is_grad_enabled())
+            if uncached and self.dropping is None:
                 return None  # nothing is cached: plain attention, as before
+            self._uncached = uncached
             cache = kwargs["past_key_values"] = Cache(self.adapter.model)
         state = adopt(cache, self.text_config, self.method, self.max_bytes)
         if embeds is None and self.method is not None and self.method.reads_embeddings:
             embeds = module.get_input_embeddings()(ids)
         chunk = self._chunk(state, new, kwargs)
+        if self.dropping is not None and embeds is not None:
+            embeds = self.dropping.choose(chunk, embeds)
+            kwargs["inputs_embeds"] = embeds
         if self.prefill_chunk is not None and len(chunk) > self.prefill_chunk:
             if ids is not None and args:
                 args, kwargs = args[1:], {**kwargs, "input_ids": ids}
             self._pieces = Pieces(module, kwargs, chunk, self.prefill_chunk, self._inputs, state)
-            return args, self._pieces.run(embeds)
+            kwargs = self._pieces.run(embeds)
+            return args, self._dropped(kwargs, self._pieces.at)
         state.extend(chunk, embeds)
-        return args, kwargs
+        return args, self._dropped(kwargs, 0)
+
+    def _dropped(self, kwargs: dict, first: int) -> dict:
+        """The keywords of the decoder's forward, of which token methods have taken what is theirs.
+
+        Args:
+            first: index of its first token in the prompt.
+        """
+        if self.dropping is None:
+            return kwargs
+        cache, embeds = kwargs["past_key_values"], kwargs.get("inputs_embeds")
+        state = state_of(cache)
+        new = state.seen - cache.get_seq_length()
+        chunk = state.layout.take(slice(state.seen - new, None))
+        return self.dropping.begin(cache, chunk, first, embeds, kwargs)
 
     def _chunk(self, state, new: torch.Tensor, kwargs: dict) -> TokenLayout:
         """Layout of the new tokens `[B, T, ...]` of this forward."""
@@ -176,11 +227,18 @@ class Session:
         return kwargs if positions is None else {**kwargs, "position_ids": positions.to(new.device)}
 
     def _after_text(self, module, args, kwargs, output):
-        state = state_of(kwargs.get("past_key_values"))
+        cache = kwargs.get("past_key_values")
+        state = state_of(cache)
         if state is not None:
-            settle_jointly(kwargs["past_key_values"].layers)
-            state.scratch, state.norms = {}, {}
-            self.meter.read(kwargs["past_key_values"].layers, state)
+            settle_jointly(cache.layers)
+            new = output.last_hidden_state.shape[1]
+            if self.dropping is not None:
+                new, output.last_hidden_state = self.dropping.end(output.last_hidden_state)
+            for layer in cache.layers:
+                layer.state.scratch, layer.state.norms = {}, {}
+            self.meter.read(cache.layers, state, new)
+            if self._uncached:
+                self._uncached, output.past_key_values = False, None
         return output if self._pieces is None else self._pieces.joined(output)
 
 

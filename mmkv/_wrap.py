@@ -7,13 +7,16 @@ from contextlib import contextmanager
 
 import torch
 
+from mmkv import compat
 from mmkv._chunks import check_chunk
+from mmkv._looking import facts_of
 from mmkv._presets import preset as find_preset
 from mmkv._session import Session
 from mmkv.cache import CacheMethod, pipeline
 from mmkv.models import adapter_for
 from mmkv.parts.budget import bytes_of
 from mmkv.parts.calibration import Identity
+from mmkv.tokens.method import TokenMethod
 
 
 def wrap(
@@ -24,7 +27,8 @@ def wrap(
     Args:
         model: a transformers model, PEFT-wrapped or not; the error for another family lists the supported ones.
         preset: a name from `mmkv.presets()`; None with no methods keeps everything, which is stock `generate` to the bit.
-        tokens: vision-token methods (a later version).
+        tokens: methods that drop or merge vision tokens, in the order in which they are asked, for example
+            `[VisionZip(), FastV()]`; with a preset or cache methods as well, which then store what is left.
         cache: cache methods in the order in which they act, for example `[SnapKV(budget=0.25), VidKV()]`: each sees what the
             one before left. Not together with a preset.
         positions: "stock" (position ids of the installed transformers) or "trained" (the rule Qwen2-VL and Qwen2.5-VL were
@@ -50,10 +54,10 @@ def wrap(
         raise ValueError(f"positions {positions!r}: possible are 'stock', 'trained'")
     limit = None if max_bytes is None else bytes_of(max_bytes, "max_bytes")
     check_chunk(prefill_chunk)
-    for name, value in (("tokens", tokens), ("graphs", graphs)):
-        if value is not None and value is not False and value != () and value != []:
-            raise NotImplementedError(f"wrap({name}=...) comes with a later version of mmkv; leave it out")
+    if graphs:
+        raise NotImplementedError("wrap(graphs=...) comes with a later version of mmkv; leave it out")
     adapter = adapter_for(base)
+    token_methods = _tokens(tokens, adapter, prefill_chunk)
     method = _method(preset, cache)
     if method is not None:
         if method.next_scale:
@@ -65,7 +69,7 @@ def wrap(
         method.check_model(shape.layers, shape.heads)
     if method is not None or limit is not None:
         _check_device(base)
-    session = Session(adapter, method, positions, limit, prefill_chunk)
+    session = Session(adapter, method, positions, limit, prefill_chunk, token_methods)
     try:
         session.attach()
     except BaseException:
@@ -118,6 +122,42 @@ def _check_device(model) -> None:
 def _base(model):
     """The transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _tokens(tokens, adapter, prefill_chunk) -> tuple[TokenMethod, ...]:
+    """The token methods, each of which works on this model.
+
+    Raises:
+        TypeError: not a token method.
+        ValueError: the model lacks what one needs, or they do not go with another option.
+    """
+    methods = () if tokens is None else tuple(tokens) if isinstance(tokens, Iterable) else (tokens,)
+    if isinstance(tokens, str):
+        raise TypeError(f"tokens={tokens!r} is a name; give instances: tokens=[mmkv.tokens.FastV()]")
+    for method in methods:
+        if isinstance(method, type) and issubclass(method, TokenMethod):
+            raise TypeError(f"tokens=[{method.__name__}] is a class; give an instance: {method.__name__}()")
+        if not isinstance(method, TokenMethod):
+            raise TypeError(f"tokens={method!r} is not a token method; mmkv.methods() lists them")
+    if not methods:
+        return ()
+    facts = facts_of(adapter, adapter.vision_tower())
+    name = type(adapter.model).__name__
+    if not facts.depth:
+        raise ValueError(f"tokens=[{type(methods[0]).__name__}()] on {name}, which sees no images; use cache methods")
+    if any(window is not None for window in compat.layer_windows(adapter.text_config)):
+        raise ValueError(f"tokens=... on {name}: a sliding window would reach further where tokens are dropped")
+    for method in methods:
+        method.check(facts)
+        if method.decoder_layers(facts.layers) and prefill_chunk is not None:
+            raise ValueError(
+                f"prefill_chunk with {type(method).__name__}, which looks at the whole prompt between layers; leave one out"
+            )
+        if method.position_ids == "renumbered" and facts.axes > 1:
+            raise ValueError(
+                f"position_ids='renumbered' on {name}, whose positions have {facts.axes} axes; possible is 'original'"
+            )
+    return methods
 
 
 def _method(preset, cache) -> CacheMethod | None:

@@ -73,3 +73,14 @@ def stock_mask(name: str, kwargs: dict, kv_length: int, kv_offset: int):
     if make is None:
         return None
     return make(**{**kwargs, "kv_length": kv_length, "kv_offset": kv_offset})
+
+
+def mask_arguments(kwargs: dict, q_length: int, q_offset: int, attention_mask: torch.Tensor | None) -> dict:
+    """The arguments of a mask function for other queries: `q_length` of them behind `q_offset` tokens, and their padding mask."""
+    out = {**kwargs, "attention_mask": attention_mask}
+    if "cache_position" in kwargs:  # before 5.3
+        position = kwargs["cache_position"]
+        out["cache_position"] = torch.arange(q_offset, q_offset + q_length, device=position.device)
+    else:
+        out |= {"q_length": q_length, "q_offset": q_offset}
+    return out

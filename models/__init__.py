@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from mmkv.models.adapter import Adapter, supported
+from mmkv.models.llava import Llava
 from mmkv.models.llava_onevision import LlavaOnevision
 from mmkv.models.qwen_vl import QwenVL
 from mmkv.models.text import TextDecoder
 
-ADAPTERS: tuple[type[Adapter], ...] = (QwenVL, LlavaOnevision, TextDecoder)
+ADAPTERS: tuple[type[Adapter], ...] = (QwenVL, LlavaOnevision, Llava, TextDecoder)
 
 __all__ = ["ADAPTERS", "Adapter", "adapter_for"]
 

@@ -42,6 +42,23 @@ class Adapter:
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return size, size
 
+    def vision_tower(self):
+        """Where token methods look into the vision tower: a `Tower`, a `PackedTower`, or None without one."""
+        return None
+
+    def notes_of_media(self, values, kind: int, media: list[TokenLayout]) -> list[torch.Tensor] | None:
+        """What was noted of patches in one run of the tower, for the decoder's tokens: fp32 `[n]` for each image or video.
+
+        Args:
+            values: `[B, patches]` of the B tiles or frames that the tower saw, or what a `PackedTower` made of it.
+            kind: IMAGE or VIDEO.
+            media: layouts of the images or videos of the prompt, in order.
+
+        Returns:
+            None where the tower saw others.
+        """
+        return None
+
     def modality(self, inputs: dict, batch: int, length: int) -> torch.Tensor:
         """int8 `[B, T]`: TEXT, IMAGE or VIDEO for each new token, from the keywords of the model's forward."""
         out = torch.zeros(batch, length, dtype=torch.int8)
@@ -61,13 +78,14 @@ class Adapter:
         """Token ids that stand for image and for video features; -1 where the model has none."""
         return -1, -1
 
-    def grids(self, inputs: dict, kind: int, chunk: TokenLayout) -> list[list[tuple[int, int, int]]]:
+    def grids(self, inputs: dict, kind: int, chunk: TokenLayout) -> list[list[tuple]]:
         """Grid of each medium of a modality in the batch, in order: a list of (frames, rows, cols) parts of tokens each.
 
         Newer `generate` runs the tower itself and hands the forward features without their grid;
         an adapter then reads the grid off the features or the position ids.
 
-        A part with rows = 0 stands for `frames` tokens that lie on no grid (a newline).
+        A part with rows = 0 stands for `frames` tokens that lie on no grid (a newline). A fourth value True says that a newline,
+        which lies on no grid either, ends each row of a part.
         """
         return []
 
@@ -99,24 +117,26 @@ def features(inputs: dict, kind: int) -> list[torch.Tensor] | None:
     return None if outputs is None else list(outputs.pooler_output)
 
 
-def _place(chunk: TokenLayout, kind: int, grids: list[list[tuple[int, int, int]]], counts: torch.Tensor) -> None:
+def _place(chunk: TokenLayout, kind: int, grids: list[list[tuple]], counts: torch.Tensor) -> None:
     """Write medium, frame, row and col of the tokens of one modality; media follow one another through the batch."""
     rows, columns = (chunk.modality == kind).nonzero(as_tuple=True)
     frame, row, col, medium_length = [], [], [], []
     for parts in grids:
         first = 0
-        for frames, height, width in parts:
+        for frames, height, width, *newlines in parts:
             if height == 0:
                 frame.append(torch.full((frames,), max(first - 1, 0)))
                 row.append(torch.full((frames,), -1))
                 col.append(torch.full((frames,), -1))
                 continue
-            cells = torch.cartesian_prod(torch.arange(frames), torch.arange(height), torch.arange(width)).view(-1, 3)
+            across = torch.arange(width + len(newlines))
+            cells = torch.cartesian_prod(torch.arange(frames), torch.arange(height), across).view(-1, 3)
+            cells[cells[:, 2] >= width, 1:] = -1
             frame.append(cells[:, 0] + first)
             row.append(cells[:, 1])
             col.append(cells[:, 2])
             first += frames
-        medium_length.append(sum(max(h * w, 1) * f for f, h, w in parts))
+        medium_length.append(sum(max(h * (w + len(more)), 1) * f for f, h, w, *more in parts))
     if sum(medium_length) != rows.numel():
         # features given without their grid (precomputed, or a chunk of one): each row's tokens count as one medium
         chunk.medium[rows, columns] = counts[rows].to(torch.int32)

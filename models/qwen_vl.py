@@ -6,6 +6,7 @@ import torch
 
 from mmkv.layout import IMAGE, VIDEO, TokenLayout
 from mmkv.models.adapter import Adapter, features
+from mmkv.models.qwen_tower import PackedTower
 
 
 class QwenVL(Adapter):
@@ -16,6 +17,13 @@ class QwenVL(Adapter):
 
     families = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
     axes = 3
+
+    def vision_tower(self) -> PackedTower:
+        return PackedTower(self.model.model.visual, self.model.config.vision_config)
+
+    def notes_of_media(self, values, kind: int, media: list[TokenLayout]) -> list[torch.Tensor] | None:
+        fits = [len(v) for v in values] == [len(layout) for layout in media]
+        return list(values) if fits else None
 
     def placeholder_ids(self) -> tuple[int, int]:
         return self.model.config.image_token_id, self.model.config.video_token_id

@@ -169,9 +169,11 @@ def test_llava_image_tiles(size):
     assert col[:16].tolist() == [0, 1, 2, 3] * 4
     if count == 16:
         return  # so flat that unpadding leaves no row
-    rows, cols = int(row[16:].max()) + 1, int(col[16:].max()) + 1
+    rows = int((row[16:] < 0).sum())  # a newline ends each row
+    cols = (count - 16) // rows
     assert rows * cols == count - 16
-    assert row[16:].tolist() == [r for r in range(rows) for _ in range(cols)]
+    assert row[16:].tolist() == [r if c < cols - 1 else -1 for r in range(rows) for c in range(cols)]
+    assert col[16:].tolist() == [*range(cols - 1), -1] * rows
     pixels = rm.inputs(model, [prompt])["pixel_values"]
     newline = model.model.image_newline
     with torch.no_grad():

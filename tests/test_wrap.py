@@ -180,7 +180,7 @@ def test_unknown_preset_lists_all(model):
     assert "'zzzzzz' P" not in message  # sentences are kept apart
 
 
-LATER = [dict(tokens=[1]), dict(graphs=True)]
+LATER = [dict(graphs=True)]
 
 
 @pytest.mark.parametrize("options", LATER, ids=lambda o: next(iter(o)))

@@ -28,9 +28,9 @@ class Cache(DynamicCache):
 
 
 def state_of(cache) -> CacheState | None:
-    """The shared state of a cache that mmkv fills, None for any other object."""
+    """The state of all tokens of a cache that mmkv fills, None for any other object."""
     layers = getattr(cache, "layers", None)
-    return layers[0].state if layers and isinstance(layers[0], KVLayer) else None
+    return layers[0].state.root if layers and isinstance(layers[0], KVLayer) else None
 
 
 def adopt(cache, text_config, method: CacheMethod | None, max_bytes: int | None = None) -> CacheState:

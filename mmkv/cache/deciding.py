@@ -23,6 +23,7 @@ def fill_of(
     decoding: bool = False,
     residual: int | None = None,
     first: int | None = None,
+    recall: bool = True,
 ) -> Fill | None:
     """What a method is told about batch element `row`, None where nothing has left the residual window.
 
@@ -31,6 +32,7 @@ def fill_of(
         decoding: as `Fill.decoding`.
         residual: newest tokens that are not decided upon; the method's where None.
         first: logical position from which on the tail's tokens are meant; all that are not stored where None.
+        recall: put stored tokens in front, where the method wants that.
     """
     state, method = layer.state, layer.state.method
     residual = method.residual_window if residual is None else residual
@@ -76,7 +78,7 @@ def fill_of(
         bytes_beyond=(columns.numel() - old) * (_dense_bytes(layer) - _bytes_per_token(layer)),
         decoding=decoding,
     )
-    if method is not None and method.recalls:
+    if recall and method is not None and method.recalls:
         fill = _recall(layer, row, fill)
     if layer.scores is not None:
         fill.scores = layer.scores.of(row, fill.columns)
@@ -122,6 +124,14 @@ def attending(layer: KVLayer, asked: Asked) -> list[torch.Tensor] | None:
         asked.fills[row] = fill
         chosen.append(fill.columns[found.cpu()])
     return chosen
+
+
+def look(layer: KVLayer, asked: Asked) -> None:
+    """Leave what ran in this layer's attention to a token method that is asked behind it."""
+    root = layer.state.root
+    if layer.index in root.watched and any(layer.state.prompted):
+        rows = range(layer.keys.shape[0])
+        root.looked[layer.index] = [fill_of(layer, row, asked, residual=0, recall=False) for row in rows]
 
 
 def accumulate(layer: KVLayer, asked: Asked, which) -> None:

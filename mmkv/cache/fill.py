@@ -123,6 +123,24 @@ class Fill:
             total, top, count = total + part.sum, torch.maximum(top, part.max), count + part.count
         return Mass(total, top, count)
 
+    def head_mean(self, rows: torch.Tensor) -> torch.Tensor:
+        """Attention of probe rows itself, mean over query heads: fp32 `[P, n]`. For a few rows; no tokens recalled.
+
+        Args:
+            rows: int64 `[P]`, indices of fresh tokens.
+        """
+        queries, mask = self.queries(rows), self._mask(rows)
+        total = torch.zeros(len(rows), self.length, device=self.keys.device)
+        for head, keys in enumerate(self.keys):
+            mine = queries[head * len(queries) // self.heads : (head + 1) * len(queries) // self.heads].float()
+            scores = mine @ keys.float().T * self.scale
+            if self.softcap is not None:
+                scores = self.softcap * (scores / self.softcap).tanh()
+            if mask is not None:
+                scores = scores.masked_fill(~mask[0], -torch.inf)
+            total += scores.softmax(-1).sum(0)
+        return total / len(queries)
+
     def _mass(self, rows: torch.Tensor) -> Mass:
         """The same of so few rows that their mask may exist."""
         found = probe(

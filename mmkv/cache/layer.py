@@ -29,7 +29,7 @@ class KVLayer(CacheLayerMixin):
 
     Args:
         state: shared by the layers of the cache.
-        index: layer index; layer 0 moves the shared state when the cache is cropped or reordered.
+        index: layer index; the first layer with a state moves it when the cache is cropped or reordered.
         window: sliding window in tokens, None for full attention.
     """
 
@@ -39,7 +39,7 @@ class KVLayer(CacheLayerMixin):
         super().__init__()
         self.state, self.index, self.window = state, index, window
         self.is_sliding = window is not None
-        self.seen = 0
+        self.seen = self.logical = 0  # tokens that came here; tokens that came at all, those dropped before included
         self._clear()
 
     def _clear(self) -> None:
@@ -82,6 +82,7 @@ class KVLayer(CacheLayerMixin):
         self.keys = torch.cat([self.keys, key_states], dim=2) if self.keys.shape[2] else key_states
         self.values = torch.cat([self.values, value_states], dim=2) if self.values.shape[2] else value_states
         self.seen, self.new = self.seen + new, new
+        self.logical = self.state.root.seen
         self._pending = True
         if any(self.state.prompted):
             self.state.count(self.index, storage_bytes(self.tensors()))
@@ -350,6 +351,20 @@ class KVLayer(CacheLayerMixin):
         self.segments.append(made)
         return made
 
+    def narrow(self, state: CacheState, columns: torch.Tensor) -> None:
+        """Let go of all but some tokens, while all of them are in the tail.
+
+        Args:
+            state: to which the others never came.
+            columns: int64 `[B, n]`, the tokens that stay; -1 for padding.
+        """
+        at = columns.clamp(min=0).to(self.device)[:, None, :, None]
+        self.keys = self.keys.gather(2, at.expand(-1, self.keys.shape[1], -1, self.keys.shape[3]))
+        self.values = self.values.gather(2, at.expand(-1, self.values.shape[1], -1, self.values.shape[3]))
+        self.state, self.seen = state, columns.shape[1]
+        self.packed_to = [0] * len(self.packed_to)
+        self.evicted_to, self.decided_to = list(self.packed_to), list(self.packed_to)
+
     def trim(self, start: int) -> None:
         """Free the tail's tokens before a logical position."""
         if start > self.start:
@@ -374,11 +389,11 @@ class KVLayer(CacheLayerMixin):
             self._dropped = first
 
     def get_mask_sizes(self, query_length) -> tuple[int, int]:
-        return self.seen + compat.query_length(query_length), 0
+        return self.logical + compat.query_length(query_length), 0
 
     def get_seq_length(self) -> int:
-        """Logical length: tokens ever seen."""
-        return self.seen
+        """Logical length: tokens ever seen, by any layer."""
+        return self.logical
 
     def get_max_length(self) -> int:
         return -1 if self.window is None else self.window
@@ -387,7 +402,8 @@ class KVLayer(CacheLayerMixin):
 
     def crop(self, argument: int) -> None:
         """Cut the newest tokens: a negative count to remove, or (transformers 5.2) the length to keep."""
-        length = compat.crop_target(argument, self.seen)
+        whole = compat.crop_target(argument, self.logical)
+        length = self.state.kept_before(whole)
         self.settle()
         window = self.state.window
         if length < self.seen and window is not None and self.seen >= window and not self.state.record_past:
@@ -400,13 +416,16 @@ class KVLayer(CacheLayerMixin):
                 f"cannot crop to {length} tokens: of the first {max(self.evicted_to)} some are evicted for good; start a new "
                 "cache, or crop no deeper than the newest tokens"
             )
-        if self.state.seen != (self.seen if self.index == 0 else length):
+        if self.state.seen != (self.seen if self._leads else length):
             raise RuntimeError(
                 f"layer {self.index} has seen {self.seen} tokens, other layers have not: a forward failed half-way; start a "
                 "new cache"
             )
-        if self.index == 0:
+        if self._leads:
             self.state.crop(length)
+        if self.index == 0 and self.state.root is not self.state:
+            self.state.root.crop(whole)
+        self.logical = whole
         if not self.is_initialized:
             return
         if length < self.seen:
@@ -430,8 +449,10 @@ class KVLayer(CacheLayerMixin):
 
     def _rows(self, index: torch.Tensor) -> None:
         self.settle()
-        if self.index == 0:
+        if self._leads:
             self.state.rows(index)
+        if self.index == 0 and self.state.root is not self.state:
+            self.state.root.rows(index)
         if not self.is_initialized:
             return
         at = index.to(self.keys.device)
@@ -457,18 +478,24 @@ class KVLayer(CacheLayerMixin):
 
     def activate_past_recording(self) -> None:
         """Keep what a sliding window would drop, so that it can be cropped back."""
-        self.state.record_past = True
+        self.state.record_past = self.state.root.record_past = True
 
     def reset(self) -> None:
+        self.state = self.state.root
         if self.index == 0:
             self.state.reset()
-        self.seen = 0
+        self.seen = self.logical = 0
         self._clear()
 
     def offload(self) -> None:
         raise RuntimeError("mmkv's cache does not offload layers; unset cache_implementation='offloaded'")
 
     prefetch = offload
+
+    @property
+    def _leads(self) -> bool:
+        """Whether this layer moves the state that it shares with others."""
+        return self.index == self.state.leader
 
     @property
     def batch_size(self) -> int:

@@ -33,6 +33,8 @@ class CacheState:
         sliding: indices of those with a sliding window, which decide nothing.
         norms: fp32 `[B, T]` by layer, norms of the hidden states of this forward, where the method reads them.
         scratch: what several layers of one forward need alike (masks); emptied when the forward ends.
+        watched: layers whose attention is looked at when it has run, for token methods.
+        looked: by those layers, each batch element's `Fill` over all its dense tokens; emptied by who reads it.
         record_past: keep what a sliding window would drop, so that it can be cropped back.
     """
 
@@ -51,11 +53,28 @@ class CacheState:
     held: dict = field(default_factory=dict)
     peak: int = 0
     norms: dict = field(default_factory=dict)
+    watched: frozenset = frozenset()
+    looked: dict = field(default_factory=dict)
     record_past: bool = False
     scratch: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.forms = () if self.method is None else self.method.formats()
+
+    leader = 0  # the layer that moves this state
+
+    @property
+    def root(self) -> CacheState:
+        """The state of the whole sequence; another one where layers see a part of it (`Stage`)."""
+        return self
+
+    def places(self) -> torch.Tensor:
+        """int64 `[B, T]`: where in the whole sequence each token stands, -1 for padding that a stage put in."""
+        return torch.arange(self.seen).expand(self.layout.batch, -1)
+
+    def kept_before(self, length: int) -> int:
+        """How many of the first `length` tokens of the whole sequence there are here."""
+        return length
 
     @property
     def seen(self) -> int:

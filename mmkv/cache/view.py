@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mmkv import compat
-from mmkv.cache.deciding import attending
+from mmkv.cache.deciding import attending, look
 from mmkv.cache.fill import Asked
 from mmkv.cache.mask import LazyMask
 from mmkv.kernels import attend_dense, merge, merge_sinks, prefill_sparse
@@ -56,6 +56,7 @@ class View:
             result = self._dense(stock, stock_name, module, query, mask, kwargs)
         else:
             result = self._merged(query, mask, asked, **kwargs), None
+        look(layer, asked)
         layer.settle(asked)
         return result
 

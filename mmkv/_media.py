@@ -1,0 +1,142 @@
+"""`Media`: the images and videos of one prompt between the projector and the decoder, and what was noted about them."""
+
+from __future__ import annotations
+
+import torch
+
+from mmkv.layout import IMAGE, VIDEO, TokenLayout
+from mmkv.models import Adapter
+from mmkv.tokens.method import TokenMethod, Vision
+
+
+class Media:
+    """Asks the methods that act before the decoder, one image or video at a time.
+
+    Args:
+        adapter: of the model.
+        methods: in the order in which they are asked.
+    """
+
+    def __init__(self, adapter: Adapter, methods: tuple[TokenMethod, ...]):
+        self.adapter, self.methods = adapter, methods
+        self.keep: torch.Tensor | None = None  # bool [B, T], tokens that enter the decoder; None for all
+        self.noted: list[dict] = []  # by run of the vision tower since the last prompt: what was noted
+        self._notes: list[dict[str, torch.Tensor]] = []  # by batch element: fp32 [T] by name
+
+    def forget(self) -> None:
+        """The prompt is read."""
+        self.keep, self.noted, self._notes = None, [], []
+
+    def noted_in_tower(self, notes: dict) -> None:
+        """The vision tower has run; what was noted waits for the prompt."""
+        self.noted.append(notes)
+
+    def notes_of(self, row: int, columns: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What was noted of some tokens of a batch element, fp32 `[n]` by name."""
+        if not self._notes:
+            return {}
+        return {name: values[columns.to(values.device)] for name, values in self._notes[row].items()}
+
+    def add_notes(self, row: int, columns: torch.Tensor, notes: dict[str, torch.Tensor]) -> None:
+        """Note more of them."""
+        for name, values in notes.items():
+            kept = self._notes[row].setdefault(name, torch.zeros(self._length, device=values.device))
+            kept[columns.to(kept.device)] = values.float().to(kept.device)
+
+    @torch.no_grad()
+    def choose(self, chunk: TokenLayout, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ask about every image and video of the new tokens.
+
+        Args:
+            chunk: layout of the T new tokens.
+            embeds: `[B, T, C]`.
+
+        Returns:
+            their embeddings, merged ones in place, and int64 `[B, T]`: the token that each became part of, -1 where dropped.
+        """
+        self._length, self._notes = len(chunk), [{} for _ in range(chunk.batch)]
+        self._bring(chunk)
+        into = torch.arange(len(chunk)).repeat(chunk.batch, 1)
+        keep = torch.ones(chunk.batch, len(chunk), dtype=torch.bool)
+        for row, columns in _media(chunk):
+            text = embeds[row, (chunk.valid[row] & ~chunk.visual[row]).to(embeds.device)]
+            for method in self.methods:
+                at = columns.to(embeds.device)
+                vision = Vision(
+                    features=embeds[row, at],
+                    layout=chunk.rows(torch.tensor([row])).take(columns),
+                    text=text,
+                    notes=self.notes_of(row, columns),
+                )
+                choice = method.before_decoder(vision)
+                if choice is None:
+                    continue
+                if choice.features is not None:
+                    embeds = embeds.clone()
+                    embeds[row, at] = choice.features.to(embeds.dtype)
+                self.add_notes(row, columns, choice.notes)
+                went = torch.where(choice.keep, torch.arange(len(columns), device=choice.keep.device), -1)
+                went = (went if choice.into is None else choice.into).cpu()
+                target = torch.where(went >= 0, columns[went.clamp(min=0)], -1)
+                moved = into[row].clone()
+                for_those = torch.isin(into[row], columns)
+                lookup = torch.full((len(chunk),), -1, dtype=torch.int64)
+                lookup[columns] = target
+                moved[for_those] = lookup[into[row][for_those]]
+                into[row] = moved
+                kept = choice.keep.cpu()
+                keep[row, columns[~kept]] = False
+                columns = columns[kept]
+        self.keep = None if bool(keep.all()) else keep
+        return embeds, into
+
+    def _bring(self, chunk: TokenLayout) -> None:
+        """Bring what was noted in the vision tower to the decoder's tokens."""
+        kinds = [kind for kind in (IMAGE, VIDEO) if bool((chunk.modality == kind).any())]
+        runs, self.noted = self.noted[-len(kinds) :], []
+        if len(runs) < len(kinds):
+            return  # features were handed in: methods that need what the tower saw say so
+        for kind, noted in zip(kinds, runs):
+            media = [(row, columns) for row, columns in _media(chunk) if int(chunk.modality[row, columns[0]]) == kind]
+            for name, values in noted.items():
+                for (row, columns), mine in zip(media, self._of_media(values, kind, chunk, media)):
+                    self.add_notes(row, columns, {name: mine})
+
+    def _of_media(self, values, kind: int, chunk: TokenLayout, media: list) -> list[torch.Tensor]:
+        """Values fp32 `[n]` of each medium, also where `generate` has repeated batch elements for beams or several answers.
+
+        Raises:
+            ValueError: the tower saw other images than the prompt holds.
+        """
+        of_row = [[columns for r, columns in media if r == row] for row in range(chunk.batch)]
+        for times in (t for t in range(1, chunk.batch + 1) if chunk.batch % t == 0):
+            groups = [of_row[i : i + times] for i in range(0, chunk.batch, times)]
+            if any(list(map(len, row)) != list(map(len, group[0])) for group in groups for row in group):
+                continue
+            layouts = [
+                chunk.rows(torch.tensor([i * times])).take(columns)
+                for i, group in enumerate(groups)
+                for columns in group[0]
+            ]
+            parts = self.adapter.notes_of_media(values, kind, layouts)
+            if parts is None:
+                continue
+            out, at = [], 0
+            for group in groups:
+                out += parts[at : at + len(group[0])] * times
+                at += len(group[0])
+            return out
+        raise ValueError(
+            f"what the vision tower saw last are not the {len(media)} images or videos of this prompt; pass pixels and prompt "
+            "in one call"
+        )
+
+
+def _media(chunk: TokenLayout) -> list[tuple[int, torch.Tensor]]:
+    """(batch element, int64 columns) of each image and video, in order."""
+    out = []
+    for row in range(chunk.batch):
+        visual = chunk.visual[row] & chunk.valid[row]
+        for medium in chunk.medium[row, visual].unique().tolist():
+            out.append((row, ((chunk.medium[row] == medium) & visual).nonzero()[:, 0]))
+    return out
