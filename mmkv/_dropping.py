@@ -138,6 +138,8 @@ class Dropping:
         root = cache.layers[0].state.root
         visual = bool(chunk.visual.any())
         root.watched, root.looked = frozenset(self.after) if visual else frozenset(), {}
+        if visual and self.trims and self.after:
+            root.deferred = frozenset(range(max(self.after) + 1))
         keep = self.media.keep
         run = Run(cache, chunk, first, embeds, None if keep is None else keep[:, first : first + len(chunk)])
         if visual and kwargs.get("deepstack_visual_embeds") is not None:
@@ -156,11 +158,16 @@ class Dropping:
         if run is None:
             return hidden.shape[1], hidden
         root = run.cache.layers[0].state.root
-        root.watched, root.looked = frozenset(), {}
+        if root.deferred:
+            if run.columns is not None:
+                self._trim(run)
+            if root.method is None or not root.method.joint:
+                for layer in run.cache.layers:
+                    if layer.waits:
+                        layer.finish(layer.asked)
+        root.watched, root.deferred, root.looked = frozenset(), frozenset(), {}
         if run.columns is None:
             return hidden.shape[1], hidden
-        if self.trims:
-            self._trim(run)
         rows, places = (run.columns >= 0).nonzero(as_tuple=True)
         whole = hidden.new_zeros(run.chunk.batch, len(run.chunk), hidden.shape[-1])
         whole[rows, run.columns[rows, places]] = hidden[rows, places]
@@ -341,7 +348,7 @@ class Dropping:
             state = layers[index].state
             group = [layer for layer in layers[index:] if layer.state is state]
             index += len(group)
-            if any(layer.segments or layer.start or layer.waits or layer.scores is not None for layer in group):
+            if any(layer.segments or layer.start or layer.scores is not None for layer in group):
                 continue
             places = state.places()
             columns = torch.stack([

@@ -230,10 +230,10 @@ class Session:
         cache = kwargs.get("past_key_values")
         state = state_of(cache)
         if state is not None:
-            settle_jointly(cache.layers)
             new = output.last_hidden_state.shape[1]
             if self.dropping is not None:
                 new, output.last_hidden_state = self.dropping.end(output.last_hidden_state)
+            settle_jointly(cache.layers)
             for layer in cache.layers:
                 layer.state.scratch, layer.state.norms = {}, {}
             self.meter.read(cache.layers, state, new)

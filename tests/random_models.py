@@ -98,6 +98,20 @@ def llava_onevision(head_dim=16, **more):
     return tf.LlavaOnevisionForConditionalGeneration(config)
 
 
+def llava(head_dim=16, **more):
+    """CLIP's CLS token, 36 patches, features of the last block but one; images alone."""
+    vision = dict(
+        model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        image_size=48, patch_size=8,
+    )  # fmt: skip
+    config = tf.LlavaConfig(
+        vision_config=vision, text_config=_text(head_dim, model_type="llama", **more), image_token_id=IMAGE,
+        image_token_index=IMAGE, image_seq_length=36, vision_feature_layer=-2, vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return tf.LlavaForConditionalGeneration(config)
+
+
 def qwen2(**more):
     return tf.Qwen2ForCausalLM(tf.Qwen2Config(**_text(**more)))
 
@@ -153,7 +167,7 @@ def gpt_oss(**more):
     return model
 
 
-VLMS = {f.__name__: f for f in (qwen2_5_vl, llava_onevision, qwen2_vl, qwen3_vl)}
+VLMS = {f.__name__: f for f in (qwen2_5_vl, llava_onevision, qwen2_vl, qwen3_vl, llava)}
 TEXTS = {f.__name__: f for f in (qwen2, llama, mistral, qwen3, gemma2, gemma3_text, gpt_oss)}
 FAMILIES = VLMS | TEXTS
 WINDOWED = ("gemma2", "gemma3_text", "gpt_oss")
@@ -181,7 +195,7 @@ def is_vlm(model) -> bool:
 
 def inputs(model, prompts: list[list], seed: int = 3, pad_to: int = 0) -> dict:
     """Keywords for `model.generate` and `model.forward` for a batch of prompts, padded on the left."""
-    make_row = _llava if model.config.model_type == "llava_onevision" else _qwen
+    make_row = {"llava_onevision": _llava, "llava": _llava_1_5}.get(model.config.model_type, _qwen)
     generator = torch.Generator().manual_seed(seed)
     rows, media = [], {}
     for prompt in prompts:
@@ -236,6 +250,11 @@ def _llava(model, part, media, generator) -> list[int]:
     return [IMAGE] * count
 
 
+def _llava_1_5(model, part, media, generator) -> list[int]:
+    media.setdefault("pixel_values", []).append(torch.randn(1, 3, 48, 48, generator=generator))
+    return [IMAGE] * 36
+
+
 def _llava_tiles(model, part) -> int:
     from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
@@ -252,6 +271,8 @@ def second_prompt(model, media_tokens: int = 96) -> list:
     """Another prompt: for a VLM an image of another size, and a video."""
     if not is_vlm(model):
         return words(31, 5)
+    if model.config.model_type == "llava":
+        return words(3, 3) + [Image(48, 48)] + words(9, 4)
     if model.config.model_type == "llava_onevision":
         return words(3, 3) + [Image(50, 20), FIRST_TEXT, Video(media_tokens // 4)] + words(4, 4)
     return words(9, 3) + [Image(8, 4), FIRST_TEXT, Video(3, 4, 8)] + words(4, 4)
@@ -261,6 +282,8 @@ def default_prompt(model, media_tokens: int = 96) -> list:
     """Text, a video (for a VLM), text: about `media_tokens` + 12 tokens."""
     if not is_vlm(model):
         return words(media_tokens + 12)
+    if model.config.model_type == "llava":
+        return words(5, 1) + [Image(48, 48), FIRST_TEXT] * max(media_tokens // 36, 1) + words(7, 2)
     if model.config.model_type == "llava_onevision":
         video = Video(max(media_tokens // 4, 1))
     else:

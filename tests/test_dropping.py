@@ -12,6 +12,7 @@ from random_models import FIRST_TEXT, Image, Video, inputs, make, words
 import mmkv
 from mmkv._wrap import session
 from mmkv.cache import KIVI, SnapKV
+from mmkv.parts.registry import METHODS
 
 FAMILIES = ("qwen2_5_vl", "llava_onevision", "qwen2_vl", "qwen3_vl")
 SPECIAL = list(range(FIRST_TEXT))  # a placeholder in an answer would want features
@@ -376,3 +377,43 @@ def test_unwrapping_leaves_nothing():
     before = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
     mmkv.unwrap(mmkv.wrap(model, tokens=[EveryNth(2), Behind((0,))]))
     assert {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()} == before
+
+
+CACHE_METHODS = {e.name: e.method for e in METHODS.values() if e.kind == "cache" and not e.method.next_scale}
+
+
+@pytest.mark.parametrize("name", CACHE_METHODS)
+def test_every_cache_method_stores_what_is_left(name):
+    """Layers hold different tokens, some let go of theirs late; greedy, beams, a padded batch and a second turn go on."""
+    model = make("qwen2_5_vl", head_dim=32)
+    given = inputs(model, [words(5) + [Video(40, 8, 8)] + words(40, 1), words(9, 2) + [Video(30, 8, 8)] + words(50, 4)])
+    tokens = [EveryNth(2), Behind((0, 1), 2, trims_cache=True)]
+    with mmkv.wrapped(model, tokens=tokens):
+        generate(model, given)
+        most = mmkv.report(model)
+    with mmkv.wrapped(model, tokens=tokens, cache=[CACHE_METHODS[name]()]):
+        generate(model, given, num_beams=2)
+        cache = mmkv.Cache(model)
+        out = model.generate(**given, max_new_tokens=4, do_sample=False, suppress_tokens=SPECIAL, past_key_values=cache)
+        found = mmkv.report(model)
+        ids = torch.cat([out, torch.tensor([words(5, 9)] * 2)], 1)
+        mask = torch.cat([given["attention_mask"], torch.ones_like(ids[:, given["attention_mask"].shape[1] :])], 1)
+        more = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=4,
+            do_sample=False,
+            suppress_tokens=SPECIAL,
+            past_key_values=cache,
+        )
+    assert found.tokens_per_layer == most.tokens_per_layer
+    assert found.tokens_held <= most.tokens_held + 1e-6
+    assert more.shape[1] == ids.shape[1] + 4
+
+
+def test_a_limit_of_bytes_holds_with_dropped_tokens():
+    model = make("qwen2_5_vl", head_dim=32)
+    given = inputs(model, [words(5) + [Video(40, 8, 8)] + words(40, 1)])
+    with mmkv.wrapped(model, tokens=[EveryNth(2), Behind((0,), 2)], max_bytes=150_000):
+        generate(model, given)
+        assert mmkv.report(model).kv_bytes <= 150_000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
@@ -104,14 +106,9 @@ class KVLayer(CacheLayerMixin):
                 accumulate(self, asked, method.counted_rows)
             elif self.state.max_bytes is not None and any(self.state.prompted):
                 accumulate(self, asked, recent)  # so that what the prompt's end looks at least can go first
-        if (
-            method is not None
-            and method.joint
-            and self.window is None
-            and any(self.state.prompted)
-            and asked is not None
-        ):
-            self.asked, self.waits = asked, True  # `settle_jointly` goes on when the forward ends
+        jointly = method is not None and method.joint and self.window is None and any(self.state.prompted)
+        if asked is not None and (jointly or self.index in self.state.root.deferred):
+            self.asked, self.waits = asked, True  # goes on when the forward ends
             return
         self.finish(asked)
 
@@ -352,12 +349,19 @@ class KVLayer(CacheLayerMixin):
         return made
 
     def narrow(self, state: CacheState, columns: torch.Tensor) -> None:
-        """Let go of all but some tokens, while all of them are in the tail.
+        """Let go of all but some tokens, while all of them are in the tail and wait to be stored.
 
         Args:
             state: to which the others never came.
             columns: int64 `[B, n]`, the tokens that stay; -1 for padding.
         """
+        if self.asked is not None:
+            before = self.seen - self.new
+            self.new = int((columns >= before).any(0).sum())
+            mine = (columns[:, columns.shape[1] - self.new :] - before).clamp(min=0).to(self.device)[:, None, :, None]
+            query = self.asked.query
+            query = query.gather(2, mine.expand(-1, query.shape[1], -1, query.shape[3]))
+            self.asked = replace(self.asked, query=query, fills={})
         at = columns.clamp(min=0).to(self.device)[:, None, :, None]
         self.keys = self.keys.gather(2, at.expand(-1, self.keys.shape[1], -1, self.keys.shape[3]))
         self.values = self.values.gather(2, at.expand(-1, self.values.shape[1], -1, self.values.shape[3]))

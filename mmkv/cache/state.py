@@ -34,6 +34,7 @@ class CacheState:
         norms: fp32 `[B, T]` by layer, norms of the hidden states of this forward, where the method reads them.
         scratch: what several layers of one forward need alike (masks); emptied when the forward ends.
         watched: layers whose attention is looked at when it has run, for token methods.
+        deferred: layers that store nothing before the forward ends, since tokens may still be taken from them.
         looked: by those layers, each batch element's `Fill` over all its dense tokens; emptied by who reads it.
         record_past: keep what a sliding window would drop, so that it can be cropped back.
     """
@@ -54,6 +55,7 @@ class CacheState:
     peak: int = 0
     norms: dict = field(default_factory=dict)
     watched: frozenset = frozenset()
+    deferred: frozenset = frozenset()
     looked: dict = field(default_factory=dict)
     record_past: bool = False
     scratch: dict = field(default_factory=dict)

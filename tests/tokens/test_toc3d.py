@@ -13,18 +13,17 @@ from mmkv.models.toc3d.backbone import Backbone
 from mmkv.parts.registry import METHODS
 from mmkv.tokens.toc3d import (
     PAD_SCORE,
-    Region,
     ToC3D,
     bridge_token,
     dense,
     fill,
     kept,
     mlp_tokens,
-    regions,
     route,
     split,
     take,
 )
+from mmkv.tokens.toc3d_windows import Region, regions
 
 DIM, HEADS = 16, 2
 OFFICIAL = ToC3D(bridge="official", select="padded")

@@ -218,6 +218,15 @@ def test_refuses_short_histories():
         selector()(torch.randn(1, 4, DIM), None, history(1, 2), torch.zeros(1), rigid(1))
 
 
+def test_refuses_odd_queries_and_views_that_do_not_fit():
+    with pytest.raises(ValueError, match="query_dim 7; must be even"):
+        Selector(ToC3D(), DIM, 7, RANGE)
+    with pytest.raises(ValueError, match="5 images, 2 histories, 2 times"):
+        selector()(torch.randn(5, 4, DIM), None, history(2), torch.zeros(2), rigid(2))
+    with pytest.raises(ValueError, match="6 images, 3 histories, 2 times"):
+        selector()(torch.randn(6, 4, DIM), None, history(3), torch.zeros(2), rigid(2))
+
+
 # --- noise
 
 
