@@ -27,30 +27,30 @@ class LlavaOnevision(Adapter):
                 return None
             pooled = resized(tiles, -(-side // 2), -(-side // 2)).flatten(1)
             return [with_newlines(layout, part.flatten()) for layout, part in zip(media, pooled.split(frames))]
-        counts = [self._tiles(layout, side) for layout in media]
-        if sum(1 + h * w for h, w in counts) != len(tiles):
+        counts = with_sum([self._tiles(layout, side) for layout in media], len(tiles) - len(media))
+        if counts is None:
             return None
         parts = tiles.split([1 + h * w for h, w in counts])
         return [self._image_notes(layout, part, *count, side) for layout, part, count in zip(media, parts, counts)]
 
-    def _tiles(self, layout: TokenLayout, side: int) -> tuple[int, int]:
-        """Rows and columns of tiles behind the base tile of an image, from its grid: the one that fits it without a rest."""
+    def _tiles(self, layout: TokenLayout, side: int) -> list[tuple[int, int]]:
+        """Rows and columns that the tiles behind an image's base tile may have, by its grid; fewest tiles first."""
         rows, cols = self._unpadded(layout)
         if not rows:
-            return 0, 0
-        tile = self.model.config.vision_config.image_size
-        known = sorted({(h // tile, w // tile) for h, w in self.model.config.image_grid_pinpoints})
+            return [(0, 0), *self._pinpoints()]
         fits = [
             (h, w)
-            for h, w in known
+            for h, w in self._pinpoints()
             if (rows == h * side and cols <= w * side) or (cols == w * side and rows <= h * side)
         ]
-        if fits:
-            return min(fits, key=lambda hw: hw[0] * hw[1])
-        # shrunk to the most tokens allowed: the tiles whose shape is nearest
-        most = int(self.model.config.vision_aspect_ratio.removeprefix("anyres_max_"))
-        large = [hw for hw in known if hw[0] * hw[1] > most] or known
-        return min(large, key=lambda hw: abs(hw[0] / hw[1] - rows / cols))
+        # else shrunk to the most tokens allowed: tiles of the nearest shape first
+        return fits or sorted(self._pinpoints(), key=lambda hw: abs(hw[0] / hw[1] - rows / cols))
+
+    def _pinpoints(self) -> list[tuple[int, int]]:
+        """Rows and columns of tiles that there are, fewest tiles first."""
+        tile = self.model.config.vision_config.image_size
+        known = {(h // tile, w // tile) for h, w in self.model.config.image_grid_pinpoints}
+        return sorted(known, key=lambda hw: (hw[0] * hw[1], hw))
 
     def _unpadded(self, layout: TokenLayout) -> tuple[int, int]:
         """Rows and columns of an image's grid of tiles, newlines left out; 0, 0 where it has the base tile alone."""
@@ -121,6 +121,19 @@ class LlavaOnevision(Adapter):
             return [(1, side, side)] + [(len(rest), 0, 0)] * bool(len(rest))
         width = int(ends[0]) + 1
         return [(1, side, side), (1, len(rest) // width, width - 1, True)]
+
+
+def with_sum(choices: list[list[tuple[int, int]]], total: int) -> list[tuple[int, int]] | None:
+    """One (rows, columns) of each list so that rows * columns add up to a total: the first such, None without."""
+    ways: dict[int, list[tuple[int, int]]] = {0: []}  # by sum so far
+    for some in choices:
+        longer: dict[int, list[tuple[int, int]]] = {}
+        for before, taken in ways.items():
+            for rows, cols in some:
+                if before + rows * cols <= total:
+                    longer.setdefault(before + rows * cols, [*taken, (rows, cols)])
+        ways = longer
+    return ways.get(total)
 
 
 def resized(values: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
