@@ -14,7 +14,7 @@ from mmkv.cache.stage import Stage
 from mmkv.kernels import Mass
 from mmkv.layout import TokenLayout
 from mmkv.models import Adapter
-from mmkv.tokens.method import Choice, DecoderView, TokenMethod
+from mmkv.tokens.method import Choice, DecoderView, TokenMethod, overrides
 
 
 @dataclass(eq=False)
@@ -360,11 +360,6 @@ class Dropping:
             stage.follow(state, len(state.layout), columns)
             for layer in group:
                 layer.narrow(stage, columns)
-
-
-def overrides(method: TokenMethod, name: str) -> bool:
-    """Whether a method acts at a place."""
-    return getattr(type(method), name) is not getattr(TokenMethod, name)
 
 
 def chosen(rows: list[torch.Tensor]) -> torch.Tensor:

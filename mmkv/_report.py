@@ -119,16 +119,14 @@ def size(count: float) -> str:
 
 
 def report(model) -> Report:
-    """The numbers of a wrapped model's last forward.
+    """The numbers of a wrapped model's last forward; for a timm model a `VitReport` of tokens.
 
     Raises:
         ValueError: the model is not wrapped.
     """
     from mmkv._wrap import session
 
-    found = session(model)
-    trace = found.dropping.trace if found.dropping is not None else None
-    return found.meter.report(() if trace is None else tuple(trace.computed()))
+    return session(model).report()
 
 
 class Meter:

@@ -10,7 +10,7 @@ import torch
 from mmkv._chunks import Pieces
 from mmkv._dropping import Dropping
 from mmkv._looking import Looking
-from mmkv._report import Meter
+from mmkv._report import Meter, Report
 from mmkv.cache import NAME, Cache, CacheMethod, adopt, register, settle_jointly, state_of
 from mmkv.layout import TokenLayout
 from mmkv.models import Adapter
@@ -83,6 +83,11 @@ class Session:
         for module in self.adapter.attention_modules():
             module.__dict__.pop("_mmkv_stock", None)
         self.adapter.model.__dict__.pop("_mmkv", None)
+
+    def report(self) -> Report:
+        """The numbers of the last forward."""
+        trace = self.dropping.trace if self.dropping is not None else None
+        return self.meter.report(() if trace is None else tuple(trace.computed()))
 
     def _before_layer(self, module, args, kwargs):
         """Keep the norms of the hidden states that enter a decoder layer, or its attention."""

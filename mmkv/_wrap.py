@@ -12,8 +12,10 @@ from mmkv._chunks import check_chunk
 from mmkv._looking import facts_of
 from mmkv._presets import preset as find_preset
 from mmkv._session import Session
+from mmkv._vit import VitSession, check_vit
 from mmkv.cache import CacheMethod, pipeline
 from mmkv.models import adapter_for
+from mmkv.models.timm_vit import TimmViT, is_timm_vit
 from mmkv.parts.budget import bytes_of
 from mmkv.parts.calibration import Identity
 from mmkv.tokens.method import TokenMethod
@@ -25,7 +27,8 @@ def wrap(
     """Make a Hugging Face model store its KV cache as the given methods say. Works in place, undone by `unwrap`.
 
     Args:
-        model: a transformers model, PEFT-wrapped or not; the error for another family lists the supported ones.
+        model: a transformers model, PEFT-wrapped or not; the error for another family lists the supported ones. Or a timm vision
+            transformer, with `tokens` that merge inside it.
         preset: a name from `mmkv.presets()`; None with no methods keeps everything, which is stock `generate` to the bit.
         tokens: methods that drop or merge vision tokens, in the order in which they are asked, for example
             `[VisionZip(), FastV()]`; with a preset or cache methods as well, which then store what is left.
@@ -56,8 +59,13 @@ def wrap(
     check_chunk(prefill_chunk)
     if graphs:
         raise NotImplementedError("wrap(graphs=...) comes with a later version of mmkv; leave it out")
+    if is_timm_vit(base):
+        given = dict(preset=preset, cache=cache, max_bytes=max_bytes, prefill_chunk=prefill_chunk)
+        return _wrap_vit(
+            model, base, _instances(tokens), {name: v for name, v in given.items() if v not in (None, (), [])}
+        )
     adapter = adapter_for(base)
-    token_methods = _tokens(tokens, adapter, prefill_chunk)
+    token_methods = _tokens(_instances(tokens), adapter, prefill_chunk)
     method = _method(preset, cache)
     if method is not None:
         if method.next_scale:
@@ -124,21 +132,43 @@ def _base(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _tokens(tokens, adapter, prefill_chunk) -> tuple[TokenMethod, ...]:
-    """The token methods, each of which works on this model.
+def _wrap_vit(model, base, methods: tuple[TokenMethod, ...], others: dict):
+    """`wrap` for a timm vision transformer."""
+    adapter = TimmViT(base)
+    check_vit(methods, adapter, others)
+    session = VitSession(adapter, methods)
+    facts = session.hooks.facts()
+    for method in methods:
+        method.check(facts)
+    session.attach()
+    return model
+
+
+def _instances(tokens) -> tuple[TokenMethod, ...]:
+    """The token methods as a tuple.
 
     Raises:
         TypeError: not a token method.
-        ValueError: the model lacks what one needs, or they do not go with another option.
     """
-    methods = () if tokens is None else tuple(tokens) if isinstance(tokens, Iterable) else (tokens,)
     if isinstance(tokens, str):
         raise TypeError(f"tokens={tokens!r} is a name; give instances: tokens=[mmkv.tokens.FastV()]")
+    methods = () if tokens is None else tuple(tokens) if isinstance(tokens, Iterable) else (tokens,)
     for method in methods:
         if isinstance(method, type) and issubclass(method, TokenMethod):
             raise TypeError(f"tokens=[{method.__name__}] is a class; give an instance: {method.__name__}()")
+        if not getattr(method, "for_vlm", True):
+            raise TypeError(f"{type(method).__name__} is for backbones of 3D detection: see mmkv.models.toc3d")
         if not isinstance(method, TokenMethod):
             raise TypeError(f"tokens={method!r} is not a token method; mmkv.methods() lists them")
+    return methods
+
+
+def _tokens(methods: tuple[TokenMethod, ...], adapter, prefill_chunk) -> tuple[TokenMethod, ...]:
+    """The token methods, each of which works on this model.
+
+    Raises:
+        ValueError: the model lacks what one needs, or they do not go with another option.
+    """
     if not methods:
         return ()
     facts = facts_of(adapter, adapter.vision_tower())

@@ -16,6 +16,8 @@ FLOORS = {
     "mmkv": 4,  # the public names, imported on first use from floor 4 and below
     "mmkv.cli": 5,
     "mmkv._ask": 5,
+    "mmkv._inputs": 5,
+    "mmkv._look": 5,
     "mmkv._doctor": 5,
     "mmkv.eval": 5,
     "mmkv.demos": 5,
@@ -28,6 +30,7 @@ FLOORS = {
     "mmkv._looking": 4,
     "mmkv._media": 4,
     "mmkv._tower": 4,
+    "mmkv._vit": 4,
     "mmkv._tower_packed": 4,
     "mmkv._train_rates": 4,
     "mmkv._train_data": 4,

@@ -183,6 +183,11 @@ class TokenMethod:
         raise NotImplementedError
 
 
+def overrides(method: TokenMethod, name: str) -> bool:
+    """Whether a method acts at a place: "in_tower", "before_decoder" or "in_decoder"."""
+    return getattr(type(method), name) is not getattr(TokenMethod, name)
+
+
 @dataclass(frozen=True)
 class TowerFacts:
     """What `TokenMethod.check` is told about a model.

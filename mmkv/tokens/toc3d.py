@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from mmkv.parts.registry import register
+from mmkv.tokens.toc3d_windows import lay_out, regions
 
 PAD_SCORE = -1e6  # of a pad slot: below every log-probability
 
@@ -144,44 +145,6 @@ def bridge_token(x: torch.Tensor, scores: torch.Tensor, weights: str = "paper") 
     return (share[:, None] @ x.float()).to(x.dtype)
 
 
-@dataclass(frozen=True)
-class Region:
-    """A part of a grid that is cut into equal windows of `height` x `width` tokens; a grid has at most four."""
-
-    rows: slice
-    cols: slice
-    height: int
-    width: int
-
-    def cut(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, H, W, ...]` -> `[B * windows, height * width, ...]`."""
-        x = x[:, self.rows, self.cols]
-        batch, high, wide, *rest = x.shape
-        x = x.reshape(batch, high // self.height, self.height, wide // self.width, self.width, *rest)
-        return x.transpose(2, 3).reshape(-1, self.height * self.width, *rest)
-
-    def join(self, windows: torch.Tensor, batch: int) -> torch.Tensor:
-        """The inverse of `cut`, of this region alone: `[B, rows, cols, ...]`."""
-        high, wide = self.rows.stop - self.rows.start, self.cols.stop - self.cols.start
-        down, along, rest = high // self.height, wide // self.width, windows.shape[2:]
-        x = windows.reshape(batch, down, along, self.height, self.width, *rest).transpose(2, 3)
-        return x.reshape(batch, high, wide, *rest)
-
-    def places(self, window: int, device=None) -> torch.Tensor:
-        """int64 `[height * width]`: the tokens' indices in a whole window of `window` x `window`."""
-        rows = torch.arange(self.height, device=device)[:, None] * window
-        return (rows + torch.arange(self.width, device=device)).flatten()
-
-
-def regions(height: int, width: int, window: int) -> Iterator[Region]:
-    """A grid's windows by size, from the top left: so that none needs a pad or a mask, whatever the grid."""
-    down, right = height // window * window, width // window * window
-    for rows, high in ((slice(0, down), window), (slice(down, height), height - down)):
-        for cols, wide in ((slice(0, right), window), (slice(right, width), width - right)):
-            if rows.start < rows.stop and cols.start < cols.stop:
-                yield Region(rows, cols, high, wide)
-
-
 def mlp_tokens(height: int, width: int, window: int, ratio: float | None, select: str = "real") -> tuple[int, int]:
     """(all, real): tokens of one image that enter a block's MLP, bridge tokens and pads included, and the grid's own of them."""
     slots = real = 0
@@ -201,9 +164,10 @@ Block = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def dense(block: Block, x: torch.Tensor, window: int) -> torch.Tensor:
     """A block on all tokens of `[B, H, W, C]`, window by window; see `route`."""
     parts = [
-        (region, block(region.cut(x), _places(region, x, window))) for region in regions(x.shape[1], x.shape[2], window)
+        (region, block(region.cut(x), region.all_places(x, window)))
+        for region in regions(x.shape[1], x.shape[2], window)
     ]
-    return _lay_out(parts, x.shape[0])
+    return lay_out(parts, x.shape[0])
 
 
 def route(
@@ -227,11 +191,11 @@ def route(
         low, right = -height % window, -width % window
         x, scores = F.pad(x, (0, 0, 0, right, 0, low)), F.pad(scores, (0, right, 0, low), value=PAD_SCORE)
     parts = [
-        (region, *_route(block, region.cut(x), _places(region, x, window), region.cut(scores), ratio, method))
+        (region, *_route(block, region.cut(x), region.all_places(x, window), region.cut(scores), ratio, method))
         for region in regions(x.shape[1], x.shape[2], window)
     ]
-    out = _lay_out([(region, tokens) for region, tokens, _ in parts], x.shape[0])
-    salient = _lay_out([(region, chosen) for region, _, chosen in parts], x.shape[0])
+    out = lay_out([(region, tokens) for region, tokens, _ in parts], x.shape[0])
+    salient = lay_out([(region, chosen) for region, _, chosen in parts], x.shape[0])
     return out[:, :height, :width], salient[:, :height, :width]
 
 
@@ -249,17 +213,3 @@ def _route(block: Block, tokens, places, scores, ratio: float, method: ToC3D):
     redundant = redundant + (out[:, keep:] - bridge)
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, salient_at, True)
     return fill(out[:, :keep], redundant, salient_at, redundant_at), chosen
-
-
-def _places(region: Region, x: torch.Tensor, window: int) -> torch.Tensor:
-    places = region.places(window, x.device)
-    area = (region.rows.stop - region.rows.start) * (region.cols.stop - region.cols.start)
-    return places.expand(x.shape[0] * area // len(places), -1)
-
-
-def _lay_out(parts: list[tuple[Region, torch.Tensor]], batch: int) -> torch.Tensor:
-    """The windows of all regions back on their grid: `[B, H, W, ...]`."""
-    rows: dict[int, list[torch.Tensor]] = {}
-    for region, windows in parts:
-        rows.setdefault(region.rows.start, []).append(region.join(windows, batch))
-    return torch.cat([torch.cat(row, 2) for row in rows.values()], 1)

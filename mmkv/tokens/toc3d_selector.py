@@ -99,6 +99,8 @@ class Selector(nn.Module):
 
     def __init__(self, method: ToC3D, dim: int, query_dim: int, pc_range: tuple[float, ...]):
         super().__init__()
+        if query_dim < 2 or query_dim % 2:
+            raise ValueError(f"query_dim {query_dim}; must be even, for as many sines as cosines")
         self.method = method
         self.register_buffer("pc_range", torch.tensor(pc_range, dtype=torch.float32), persistent=False)
         self.position = nn.Sequential(
@@ -164,11 +166,18 @@ class Selector(nn.Module):
 
         Returns:
             Log-probability to be kept `[B * V, N]`, and the mask `[B * V, N]` for the next scoring and the loss.
+
+        Raises:
+            ValueError: the images are not as many for each sample.
         """
         if mask is not None:
             x = x * mask[..., None].to(x.dtype)
         exists = history.exists if history is not None else torch.zeros(len(time), dtype=torch.bool, device=x.device)
-        views = x.shape[0] // len(exists)
+        views, left = divmod(x.shape[0], len(exists))
+        if left or len(exists) != len(time):
+            raise ValueError(
+                f"{x.shape[0]} images, {len(exists)} histories, {len(time)} times; give as many views of each sample"
+            )
         with_history = exists.repeat_interleave(views)
         log_p = x.new_zeros(*x.shape[:2], 2, dtype=torch.float32)
         if exists.any():
