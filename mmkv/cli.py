@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -27,6 +29,19 @@ def _fail(message: str) -> typer.Exit:
     """Print `mmkv: message` on stderr; raise what this returns to end with exit code 2."""
     err.print(Text(f"mmkv: {message}"), soft_wrap=True)
     return typer.Exit(2)
+
+
+@contextmanager
+def _one_line(debug: bool) -> Iterator[None]:
+    """What a person can put right ends the command with one line, without a traceback unless they debug."""
+    from mmkv._inputs import UserError
+
+    try:
+        yield
+    except (UserError, ValueError, TypeError, NotImplementedError, FileNotFoundError) as error:
+        if debug:
+            raise
+        raise _fail(str(error)) from error
 
 
 def _version(wanted: bool) -> None:
@@ -61,35 +76,31 @@ def ask(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Answer questions about a video, and say what the KV cache cost."""
-    from mmkv import _ask
+    from mmkv import _ask, _inputs
 
-    try:
+    with _one_line(debug):
         _ask.check_preset(method)
         if not debug:
             _quiet()
-        clip = _ask.sample(video, fps, frames)
+        clip = _inputs.sample(video, fps, frames)
         if not all(question.strip() for question in questions):
             raise ValueError("an empty question; ask something in words")
         vlm, processor = _load(model, device, dtype)
-        if model == _ask.TINY:
+        if model == _inputs.TINY:
             for question in questions:
-                _ask.check_words(processor, question)
+                _inputs.check_words(processor, question)
         pictures = _read(clip)
         methods: list[str | None] = [None, method] if compare else [method]
         if compare:
             _ask.warm_up(vlm, processor, pictures, clip.sample_fps, questions[0], methods)
         answers = []
         for question in questions:
-            inputs = _ask.prepare(vlm, processor, pictures, clip.sample_fps, question)
+            inputs = _inputs.prepare(vlm, processor, pictures, clip.sample_fps, question)
             answers.append([_ask.answer(vlm, processor, inputs, m, max_new_tokens) for m in methods])
             if not compare:
                 _show(answers[-1][0])
         if compare:
             _compare(questions, ["stock cache", method], answers)
-    except (_ask.UserError, ValueError, TypeError, NotImplementedError, FileNotFoundError) as error:
-        if debug:
-            raise
-        raise _fail(str(error)) from error
 
 
 def _quiet() -> None:
@@ -108,12 +119,12 @@ def _quiet() -> None:
 
 
 def _read(clip: Any) -> Any:
-    from mmkv import _ask
+    from mmkv import _inputs
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task(f"decoding {clip.path.name}", total=len(clip))
-        pictures = _ask.read(clip, lambda: progress.advance(task))
+        pictures = _inputs.read(clip, lambda: progress.advance(task))
     err.print(
         f"{clip.path.name}: {clip.duration:.1f} s, {clip.width}x{clip.height}; read {len(clip)} of {clip.frame_count} "
         f"frames ({clip.sample_fps:.3g} a second) by {clip.reader}",
@@ -123,12 +134,12 @@ def _read(clip: Any) -> Any:
 
 
 def _load(model: str, device: str | None, dtype: str | None) -> Any:
-    from mmkv import _ask
+    from mmkv import _inputs
 
     if not err.is_terminal:
-        return _ask.load(model, device, dtype)
+        return _inputs.load(model, device, dtype)
     with err.status("loading the model"):
-        return _ask.load(model, device, dtype)
+        return _inputs.load(model, device, dtype)
 
 
 def _show(answer: Any) -> None:
@@ -167,6 +178,57 @@ def _number(value: float | None, form: str) -> str:
 
 
 @app.command()
+def look(
+    path: Annotated[str, typer.Argument(metavar="VIDEO|IMAGE", help="A video or an image file.")],
+    method: Annotated[str, typer.Option(help="Token method, or several with commas between.")] = "visionzip",
+    keep: Annotated[
+        float | None, typer.Option(help="Share of vision tokens to keep [0.25 where a method can be told].")
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option("--out", help="FILE.png, .mp4 or .html [a PNG named after file and method].")
+    ] = None,
+    question: Annotated[str | None, typer.Option(help="Question behind the video, which some methods read.")] = None,
+    columns: Annotated[int, typer.Option(min=1, max=64, help="Most frames in a PNG.")] = 8,
+    model: Annotated[str, typer.Option(help="Hub name or folder; by default the bundled tiny model.")] = "tiny",
+    fps: Annotated[float | None, typer.Option(help="Frames a second to read [2, at most 128 frames].")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames to read, evenly spaced (instead of --fps).")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... [cuda where there is one].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 [as stored].")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Draw which vision tokens a method keeps, merges and drops: a picture, a film or a page."""
+    from mmkv import _inputs
+
+    with _one_line(debug):
+        from mmkv._look import run
+
+        chosen = run.methods_of(method, keep)
+        target = run.check_out(to, path, method)
+        if not debug:
+            _quiet()
+        image = run.is_image(path)
+        if image and (fps is not None or frames is not None):
+            raise ValueError(f"{path} is an image; --fps and --frames are for videos")
+        pictures = run.open_image(path) if image else None
+        clip = None if image else _inputs.sample(path, fps, frames)
+        vlm, processor = _load(model, device, dtype)
+        text = run.question_for(model, processor, question)
+        pictures = _read(clip) if pictures is None else pictures
+        seen = run.Look(vlm, processor, pictures, clip.sample_fps if clip else None, text)
+        stages = []
+        for one in chosen:
+            mine = seen.stages(one)
+            for stage in mine:
+                out.print(f"{stage.method}, {stage.place}: {stage.counts}", highlight=False)
+            if note := run.remark(one, mine, image):
+                err.print(note, highlight=False, soft_wrap=True)
+            stages += mine
+        scene = seen.scene(f"Vision tokens of {Path(path).name}", f'{model}, asked "{text}"')
+        seen.write(target, scene, stages, columns)
+        out.print(f"written: {target}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def methods() -> None:
     """List the methods and the presets made of them."""
     import mmkv
@@ -179,6 +241,53 @@ def methods() -> None:
     for name, summary in mmkv.presets().items():
         table.add_row(Text(name), Text(summary))
     out.print(table)
+
+
+@app.command("train-rates")
+def train_rates(
+    images: Annotated[str, typer.Argument(metavar="FOLDER|digits", help="Images, or scikit-learn's digits.")],
+    model: Annotated[str, typer.Option(help="Name of a vision transformer in timm.")],
+    target: Annotated[float, typer.Option(help="GFLOPs that an image may cost (multiply-adds, as papers count).")],
+    out_path: Annotated[str, typer.Option("--out", metavar="FILE", help="Where the rates go, as JSON.")] = "rates.json",
+    checkpoint: Annotated[str | None, typer.Option(help="File with the model's weights [timm's own].")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE for the model: img_size=64 ...")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the images.")] = 3,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    lr: Annotated[float, typer.Option(help="Learning rate of the rates.")] = 0.01,
+    granularity: Annotated[int, typer.Option(min=1, help="Step between the numbers of tokens to choose from.")] = 4,
+    loss: Annotated[
+        str, typer.Option(help="distillation (any images), or labels (folders are classes).")
+    ] = "distillation",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... [cuda where there is one].")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Learn how many tokens DiffRate prunes and merges in each block of a vision transformer."""
+    with _one_line(debug):
+        import torch
+
+        from mmkv import _train_data, _train_rates
+
+        vit = _train_data.load_model(model, checkpoint, setting or [])
+        vit.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        loader = _train_data.loader(images, vit, batch)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+            task = progress.add_task("learning rates", total=epochs * len(loader))
+
+            def step(facts: dict) -> None:
+                told = f"loss {facts['loss']:.4f}, {facts['gflops']:.4g} GFLOPs"
+                progress.update(task, completed=facts["step"], description=told)
+
+            rates = _train_rates.train_rates(
+                vit, loader, target, epochs, lr, granularity=granularity, loss=loss, progress=step
+            )
+        cost, whole = _train_rates.costs(vit, rates)
+        rates.save(out_path, model=model, gflops=cost, gflops_dense=whole, images=images)
+    table = Table("block", "kept behind pruning", "behind merging")
+    for block, (pruned, merged) in enumerate(rates.kept(rates.tokens or 0)):
+        table.add_row(str(block), str(pruned), str(merged))
+    out.print(table)
+    out.print(f"{cost:.4g} of {whole:.4g} GFLOPs; written to {out_path}", highlight=False)
 
 
 @app.command()

@@ -10,7 +10,7 @@ import torch
 import videos
 from rich.console import Console
 
-from mmkv import _ask, _doctor, cli
+from mmkv import _doctor, _inputs, cli
 from mmkv.models import tiny
 from mmkv.models.tiny import build
 
@@ -162,7 +162,7 @@ def test_frames_keep_their_times_in_the_inputs(untrained):
     """Qwen2.5-VL's processor gets exactly our frames at exactly our rate; it samples nothing away."""
     model, processor = untrained
     frames = np.zeros((8, 64, 64, 3), np.uint8)
-    inputs = _ask.prepare(model, processor, frames, 1.6, "where?")
+    inputs = _inputs.prepare(model, processor, frames, 1.6, "where?")
     assert inputs["video_grid_thw"][0, 0] == 4
     assert float(inputs["second_per_grid_ts"][0]) == pytest.approx(2 / 1.6)
     assert (inputs["input_ids"] == processor.video_token_id).sum() == 4 * 16
@@ -180,22 +180,22 @@ def test_llava_onevision_inputs(untrained):
         image_token="<|image_pad|>",
         video_token="<|video_pad|>",
     )
-    inputs = _ask.prepare(untrained[0], processor, np.zeros((5, 48, 80, 3), np.uint8), 1.6, "where?")
+    inputs = _inputs.prepare(untrained[0], processor, np.zeros((5, 48, 80, 3), np.uint8), 1.6, "where?")
     assert inputs["pixel_values_videos"].shape == (1, 5, 3, 32, 32)
     assert (inputs["input_ids"] == processor.video_token_id).sum() == 5 * 4 + 1
 
 
 def test_a_model_without_video_is_refused(untrained):
-    with pytest.raises(_ask.UserError, match="takes no video"):
-        _ask.prepare(untrained[0], object(), np.zeros((2, 8, 8, 3), np.uint8), 1.0, "q")
+    with pytest.raises(_inputs.UserError, match="takes no video"):
+        _inputs.prepare(untrained[0], object(), np.zeros((2, 8, 8, 3), np.uint8), 1.0, "q")
 
 
 def test_default_sampling(tmp_path):
     slow = videos.write(tmp_path / "slow.mp4", count=6, fps=1)
     long = videos.write(tmp_path / "long.mp4", count=400, fps=4, size=(32, 32))
-    assert len(_ask.sample(str(slow))) == 6
-    assert len(_ask.sample(str(long))) == _ask.DEFAULT_FRAMES
-    assert len(_ask.sample(str(long), fps=4)) == 400
+    assert len(_inputs.sample(str(slow))) == 6
+    assert len(_inputs.sample(str(long))) == _inputs.DEFAULT_FRAMES
+    assert len(_inputs.sample(str(long), fps=4)) == 400
 
 
 def test_demo_answers_right(capsys, monkeypatch):
