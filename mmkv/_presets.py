@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import mmkv.tokens  # noqa: F401  (its methods register themselves)
 from mmkv.cache import KIVI, CacheMethod, VidKV, WaterfillKV
 from mmkv.parts.registry import METHODS, Entry, nearest
 

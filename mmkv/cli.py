@@ -198,10 +198,9 @@ def look(
 ) -> None:
     """Draw which vision tokens a method keeps, merges and drops: a picture, a film or a page."""
     from mmkv import _inputs
+    from mmkv._look import run
 
     with _one_line(debug):
-        from mmkv._look import run
-
         chosen = run.methods_of(method, keep)
         target = run.check_out(to, path, method)
         if not debug:
