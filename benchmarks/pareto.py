@@ -59,11 +59,11 @@ class Ground:
 
 
 @cache
-def code_of(kind: type) -> str:
-    """Digest of the code of a method and of the methods it inherits from, comments and docstrings left out."""
+def code_of(kind: type, root: type = CacheMethod) -> str:
+    """Digest of the code of a method and of those it inherits from, below `root`; comments and docstrings left out."""
     found = hashlib.sha1()
     for base in kind.__mro__:
-        if issubclass(base, CacheMethod) and base is not CacheMethod:
+        if issubclass(base, root) and base is not root:
             tree = ast.parse(inspect.getsource(inspect.getmodule(base)))
             for node in ast.walk(tree):
                 if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module) and ast.get_docstring(node):

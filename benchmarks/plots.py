@@ -57,8 +57,14 @@ def pareto(result: dict, path: Path) -> None:
         first = result["rows"][0]["unknown"]
         about = f"{first['questions']} questions on {first['videos']} videos, split {result['split']}"
         figure.suptitle(f"Accuracy of the bundled video model over the true bytes of its KV cache ({about})")
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
+        _write(figure, path)
+
+
+def _write(figure, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
     with Image.open(path) as picture:  # a palette makes the file a third as large
         small = picture.convert("RGB").quantize(256)
     small.save(path, optimize=True)
@@ -88,9 +94,14 @@ def _panel(panel, rows: list[dict], protocol: str, styles: dict[str, dict]) -> N
     panel.annotate(f"dense, {dense:.1%}", (1, dense), xytext=(0, 4), textcoords="offset points", ha="right")
     panel.set_title(TITLES[protocol], fontsize=10)
     panel.set_xlabel("resident bytes of the KV cache, share of dense (log scale)")
+    _axes(panel, SHARES)
+
+
+def _axes(panel, shares: tuple[float, ...]) -> None:
+    """Shares on a log scale, accuracies on one that is logarithmic in the errors."""
     panel.set_xscale("log")
-    panel.set_xlim(SHARES[0], SHARES[-1])
-    panel.set_xticks(SHARES, [f"{share:.0%}" for share in SHARES])
+    panel.set_xlim(shares[0], shares[-1])
+    panel.set_xticks(shares, [f"{share:.0%}" for share in shares])
     panel.set_yscale("function", functions=(lambda a: -np.log10(ROOM - np.minimum(a, 1.01)), lambda y: ROOM - 10**-y))
     panel.set_ylim(0, 1.005)
     panel.set_yticks(ACCURACIES)
@@ -99,3 +110,49 @@ def _panel(panel, rows: list[dict], protocol: str, styles: dict[str, dict]) -> N
     panel.xaxis.set_minor_locator(NullLocator())
     panel.grid(color="0.92", linewidth=0.8)
     panel.set_axisbelow(True)
+
+
+PLACES = {"before the decoder": "-", "between layers": (0, (4, 1.5)), "both": (0, (1, 1))}
+KEPT = (0.06, 0.1, 0.15, 0.25, 0.5, 0.75, 1)
+WHEN = {"known": "question known when tokens are dropped", "unknown": "question unknown when tokens are dropped"}
+
+
+def tokens(result: dict, path: Path) -> None:
+    """Accuracy over the share of vision tokens, one panel for each protocol.
+
+    Args:
+        result: what benchmarks/token_accuracy.py writes.
+        path: of a .png.
+    """
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in result["rows"] if row["variant_of"] is None]
+    names = list(dict.fromkeys(row["method"] for row in rows if row["place"] != "dense"))
+    colours = mpl.colormaps["tab10"].colors
+    with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, panels = plt.subplots(1, 2, figsize=(12, 6.4), sharey=True)
+        for panel, protocol in zip(panels, WHEN):
+            here = [row for row in rows if protocol in row]
+            for i, name in enumerate(names):
+                mine = [row for row in here if row["method"] == name]
+                found = sorted((row[protocol]["tokens_mean"], row[protocol]["accuracy"]) for row in mine)
+                if found:
+                    style = dict(linestyle=PLACES[mine[0]["place"]], marker=MARKERS[i], color=colours[i % 10])
+                    panel.plot(
+                        *zip(*found), label=f"{name} ({mine[0]['place']})", linewidth=1.2, markersize=5.5, **style
+                    )
+            dense = here[0][protocol]["accuracy"]
+            panel.axhline(dense, color="black", linestyle="--", linewidth=1)
+            panel.annotate(f"dense, {dense:.1%}", (1, dense), xytext=(0, 4), textcoords="offset points", ha="right")
+            panel.set_title(WHEN[protocol], fontsize=10)
+            panel.set_xlabel("vision tokens that a decoder layer computes, mean over the layers (log scale)")
+            _axes(panel, KEPT)
+        panels[0].set_ylabel("accuracy")
+        figure.tight_layout(rect=(0, 0.1, 1, 0.96))
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, ncols=4, frameon=False, loc="lower center")
+        first = rows[0]["known"]
+        about = f"{first['questions']} questions on {first['videos']} videos, split {result['split']}"
+        figure.suptitle(f"Accuracy of the bundled video model over its vision tokens ({about})")
+        _write(figure, path)

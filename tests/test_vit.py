@@ -57,9 +57,8 @@ def test_refused(vit, args, options, said):
 
 
 def test_more_than_half_of_the_tokens_cannot_merge(vit, images):
-    with mmkv.wrapped(vit, tokens=[ToMe(r=100)]):
-        with pytest.raises(ValueError, match="r=100|half") as caught:
-            vit(images)
+    with mmkv.wrapped(vit, tokens=[ToMe(r=100)]), pytest.raises(ValueError, match="r=100") as caught:
+        vit(images)
     assert "\n" not in str(caught.value)
 
 

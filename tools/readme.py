@@ -76,17 +76,128 @@ def methods() -> str:
     return "\n".join(lines)
 
 
+def tokens() -> str:
+    """The tables of benchmarks/results/token-accuracy.json."""
+    result = json.loads((ROOT / "benchmarks/results/token-accuracy.json").read_text())
+    first = result["rows"][0]["known"]
+    lines = [
+        f"The bundled video model, {first['questions']} questions on {first['videos']} held-out videos, video and question in",
+        "one prompt. Tokens are vision tokens that a decoder layer computed, mean over the layers and in the last one.",
+        "",
+        "| method | setting | acts | tokens | last layer | KV bytes | accuracy | points lost |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        if row["variant_of"] is None:
+            found = row["known"]
+            cells = (
+                row["method"],
+                row["setting"],
+                row["place"],
+                f"{found['tokens_mean']:.0%}",
+                f"{found['tokens_final']:.0%}",
+            )
+            lines.append(
+                f"| {' | '.join(cells)} | {found['kv_share']:.1%} | {found['accuracy']:.1%} | {_lost(found)} |"
+            )
+    lines += [
+        "",
+        "Tokens and cache together, the last token of the prompt read over the compressed cache:",
+        "",
+        "| tokens | cache | KV bytes | of dense | accuracy | points lost |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["mixes"]:
+        cells = (
+            row["tokens"],
+            row["cache"],
+            f"{row['kv_bytes']:,}",
+            f"{row['kv_share']:.1%}",
+            f"{row['accuracy']:.1%}",
+        )
+        lines.append(f"| {' | '.join(cells)} | {_lost(row)} |")
+    lines += [
+        "",
+        "Options against the same setting without them, paired (negative: the option is better):",
+        "",
+        "| method | setting and option | points lost |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {row['method']} | {row['setting']} | {_lost(row['known'])} |" for row in result["variants"]]
+    return "\n".join([*lines, "", f"{_where(result)} ± is the standard error of the paired difference."])
+
+
+def token_speed() -> str:
+    """The tables of benchmarks/results/tokens-cpu.json; empty before it was measured."""
+    path = ROOT / "benchmarks/results/tokens-cpu.json"
+    if not path.exists():
+        return "`python benchmarks/tokens.py` measures it."
+    result = json.loads(path.read_text())
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in result["decoders"]):
+        rows = [row for row in result["decoders"] if row["model"] == model]
+        sizes = sorted({row["vision_tokens"] for row in rows})
+        by = {(row["method"], row["vision_tokens"]): row for row in rows}
+        dense = (f"{by['dense', size]['seconds']:.2f}" for size in sizes)
+        layers = len(rows[0]["tokens_per_layer"])
+        lines += [
+            f"Prefill of a random {model} of {layers} layers at half of the vision tokens, as a share of the plain",
+            "model's seconds (PruMerge at what it chose), by vision tokens:",
+            "",
+            f"| method | {' | '.join(f'{size:,}' for size in sizes)} | faster from |",
+            f"|---|{'---|' * len(sizes)}---|",
+            f"| dense, seconds | {' | '.join(dense)} | |",
+        ]
+        for found in result["break_even"]:
+            if found["model"] == model:
+                even = found["break_even"]
+                even = "nowhere" if even is None else f"{'at most ' * (even == sizes[0])}{even:,.0f}"
+                shares = (f"{by[found['method'], size]['ratio']:.2f}" for size in sizes)
+                lines.append(f"| {found['method']} | {' | '.join(shares)} | {even} |")
+        lines.append("")
+    lines += [
+        f"Vision towers, batches of {result['batch']}:",
+        "",
+        "| tower | pixels | method | tokens | images/s | faster | by multiply-adds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["towers"]:
+        tokens = f"{row['entered']} to {row['tokens_per_block'][-1]}"
+        cells = (row["tower"], str(row["pixels"]), row["method"], tokens, f"{row['images_per_second']:.2f}")
+        lines.append(f"| {' | '.join(cells)} | {row['speedup']:.2f}x | {row['promised']:.2f}x |")
+    return "\n".join([*lines, "", _where(result)])
+
+
+def _lost(row: dict) -> str:
+    return f"{row['loss_points']:.1f} ± {row['loss_error']:.1f}"
+
+
+def _where(result: dict) -> str:
+    e = result["environment"]
+    return (
+        f"{result['dtype']}, torch {e['torch']}, transformers {e['transformers']}, {e['device']}, commit {e['commit']}."
+    )
+
+
+PAGES = {
+    "README.md": {"figures:accuracy": accuracy, "figures:perplexity": perplexity, "methods": methods},
+    "docs/tokens.md": {"figures:tokens": tokens, "figures:token-speed": token_speed},
+}
+
+
 def main() -> int:
-    path = ROOT / "README.md"
-    text = old = path.read_text()
-    for mark, make in (("figures:accuracy", accuracy), ("figures:perplexity", perplexity), ("methods", methods)):
-        before, rest = re.split(rf"<!-- {mark}[^>]*-->", text, maxsplit=1)
-        after = rest.split(f"<!-- /{mark} -->", 1)[1]
-        text = f"{before}<!-- {mark} -->\n{make()}\n<!-- /{mark} -->{after}"
-    if "--check" in sys.argv:
-        return int(text != old)
-    path.write_text(text)
-    return 0
+    stale = False
+    for page, marks in PAGES.items():
+        path = ROOT / page
+        text = old = path.read_text()
+        for mark, make in marks.items():
+            before, rest = re.split(rf"<!-- {mark}[^>]*-->", text, maxsplit=1)
+            after = rest.split(f"<!-- /{mark} -->", 1)[1]
+            text = f"{before}<!-- {mark} -->\n{make()}\n<!-- /{mark} -->{after}"
+        stale |= text != old
+        if "--check" not in sys.argv:
+            path.write_text(text)
+    return int(stale and "--check" in sys.argv)
 
 
 if __name__ == "__main__":
