@@ -166,8 +166,9 @@ class Meter:
             self._decode_tokens += grown
             self._decode_seconds += seconds
 
-    def read(self, layers, state, new: int) -> None:
-        """Count what the layers hold, after a forward of the decoder that brought `new` tokens."""
+    def read(self, layers, state, new: int | None = None) -> None:
+        """Count what the layers hold, after a forward of the decoder that brought `new` tokens; None for those of a layer."""
+        new = layers[0].new if new is None else new
         layout = state.layout
         if self._stream is None or self._stream() is not state:
             self._stream, self._before = weakref.ref(state), len(layout) - new

@@ -15,7 +15,7 @@ from mmkv.cache.dense import DenseSegment
 from mmkv.cache.fill import Fill
 from mmkv.layout import TokenLayout
 
-ALL_ROWS = dict(newest=1.0, random=0.0)
+ALL_ROWS = dict(most=None, newest=1.0, random=0.0)
 
 
 def fill_of(keys, query, old=None, **more) -> Fill:

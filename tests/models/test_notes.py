@@ -149,9 +149,10 @@ def test_llava_onevision_videos(monkeypatch):
     monkeypatch.setattr(model.model, "image_newline", torch.zeros(1), raising=False)
     with torch.no_grad():
         features = model.model.get_video_features(given["pixel_values_videos"], return_dict=True).pooler_output
+    features = features.view(2, -1, features.shape[-1])[:, :12]  # without the newline, which 5.2 adds later
     got = adapter_for(model).notes_of_media(values, VIDEO, layouts(model, given, VIDEO))
     for mine, theirs in zip(got, features):
-        assert torch.allclose(mine[:-1], theirs[:-1, 0])
+        assert torch.allclose(mine[:-1], theirs[:, 0])
         assert float(mine[-1]) == 0  # the newline
 
 
@@ -189,7 +190,10 @@ def test_features_in_place_of_pixels_bring_no_notes():
     peek = Peek()
     with torch.no_grad(), mmkv.wrapped(model, tokens=[peek]):
         model(
-            inputs_embeds=embeds, mm_token_type_ids=given["mm_token_type_ids"], attention_mask=given["attention_mask"]
+            inputs_embeds=embeds,
+            mm_token_type_ids=2 * (given["input_ids"] == rm.VIDEO).int(),
+            attention_mask=given["attention_mask"],
+            position_ids=torch.arange(embeds.shape[1]).expand(3, 1, -1),
         )
     assert [v.notes for v in peek.seen] == [{}]
 
