@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mmkv._report import Report, report
     from mmkv._wrap import unwrap, wrap, wrapped
     from mmkv.cache import Cache
+    from mmkv.streaming.stream import stream
     from mmkv.video import open_video
 
 __version__ = "0.1.0"
@@ -33,8 +34,9 @@ _HOME = {
     "presets": "mmkv._presets",
     "Cache": "mmkv.cache",
     "open_video": "mmkv.video",
+    "stream": "mmkv.streaming.stream",
 }
-_ROOMS = {"cache", "demos", "eval", "kernels", "models", "parts", "tokens", "video"}
+_ROOMS = {"cache", "demos", "eval", "kernels", "models", "parts", "streaming", "tokens", "video"}
 
 __all__ = [
     "Cache",
@@ -44,6 +46,7 @@ __all__ = [
     "open_video",
     "presets",
     "report",
+    "stream",
     "unwrap",
     "wrap",
     "wrapped",

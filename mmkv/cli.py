@@ -1,4 +1,4 @@
-"""The command `mmkv`: ask a video a question, list the methods, look at the installation."""
+"""The command `mmkv`: ask a video a question, watch one, list the methods, look at the installation."""
 
 from __future__ import annotations
 
@@ -63,8 +63,14 @@ def _options(
 
 @app.command()
 def ask(
-    video: Annotated[str, typer.Argument(metavar="VIDEO", help="A video file.")],
-    questions: Annotated[list[str], typer.Argument(metavar="QUESTION...", help="One question or several.")],
+    video: Annotated[str, typer.Argument(metavar="VIDEO", help="A video file; left out with --store.")],
+    questions: Annotated[
+        list[str] | None, typer.Argument(metavar="QUESTION...", help="One question or several.", show_default=False)
+    ] = None,
+    store: Annotated[
+        str | None, typer.Option(help="disk:FOLDER that `mmkv watch` has filled, in place of a video.")
+    ] = None,
+    retrieve: Annotated[int, typer.Option(min=1, help="With --store: frames that each layer brings back.")] = 64,
     model: Annotated[str, typer.Option(help="Hub name or folder; by default the bundled tiny model.")] = "tiny",
     method: Annotated[str, typer.Option(help="Preset of the cache; `mmkv methods` lists them.")] = "vidkv",
     compare: Annotated[bool, typer.Option("--compare", help="Stock cache and preset side by side.")] = False,
@@ -78,7 +84,12 @@ def ask(
     """Answer questions about a video, and say what the KV cache cost."""
     from mmkv import _ask, _inputs
 
+    if store is not None:
+        _ask_store(store, [video, *(questions or [])], model, retrieve, max_new_tokens, device, dtype, debug)
+        return
     with _one_line(debug):
+        if not questions:
+            raise ValueError('a question is missing; for example: mmkv ask video.mp4 "where is the circle?"')
         _ask.check_preset(method)
         if not debug:
             _quiet()
@@ -101,6 +112,66 @@ def ask(
                 _show(answers[-1][0])
         if compare:
             _compare(questions, ["stock cache", method], answers)
+
+
+def _ask_store(
+    store: str, questions: list[str], model: str, retrieve: int, most: int, device, dtype, debug: bool
+) -> None:
+    from mmkv import _inputs, _watch
+
+    with _one_line(debug):
+        if not debug:
+            _quiet()
+        vlm, processor = _load(model, device, dtype)
+        if model == _inputs.TINY:
+            for question in questions:
+                _inputs.check_words(processor, question)
+        for question in questions:
+            found = _watch.ask(
+                vlm, processor, store, question, retrieve=retrieve, max_new_tokens=most,
+                say=lambda piece: out.print(piece, end="", highlight=False, markup=False),
+            )  # fmt: skip
+            out.print()
+            voted = sorted(found.frames, key=lambda f: (-f.layers, f.time))[:8]
+            moments = ", ".join(f"{f.time:.1f}" for f in sorted(voted, key=lambda f: f.time))
+            err.print(
+                f"from {len(found.frames)} frames, most of all those at {moments} s; first word after "
+                f"{found.seconds['first_token']:.2f} s",
+                highlight=False,
+            )
+
+
+@app.command()
+def watch(
+    video: Annotated[str, typer.Argument(metavar="VIDEO", help="A video file.")],
+    store: Annotated[str, typer.Option(help="disk:FOLDER to remember it in.")],
+    model: Annotated[str, typer.Option(help="Hub name or folder; by default the bundled tiny model.")] = "tiny",
+    fps: Annotated[float | None, typer.Option(help="Pictures a second [2].")] = None,
+    window: Annotated[int, typer.Option(min=1, help="Tokens that a frame sees while it is encoded.")] = 15000,
+    packed: Annotated[str | None, typer.Option(help="int8, int4, int2 or vidkv [as they are].")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... [cuda where there is one].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 [as stored].")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Encode a video once into a folder; `mmkv ask --store` answers from it. Goes on where it was stopped."""
+    from mmkv import _watch
+
+    with _one_line(debug):
+        if not debug:
+            _quiet()
+        if not store.startswith("disk:"):
+            raise ValueError(f"--store {store}: possible is disk:FOLDER")
+        clip = _watch.open_clip(video, fps)
+        vlm, processor = _load(model, device, dtype)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+            task = progress.add_task(f"watching {clip.path.name}", total=len(clip))
+            frames, held = _watch.watch(
+                vlm, processor, clip, store, window=window, packed=packed, tick=lambda n: progress.advance(task, n)
+            )
+        out.print(
+            f"{frames} frames remembered, {held['disk']:,} bytes in {store.removeprefix('disk:')}", highlight=False
+        )
 
 
 def _quiet() -> None:
@@ -287,6 +358,50 @@ def train_rates(
         table.add_row(str(block), str(pruned), str(merged))
     out.print(table)
     out.print(f"{cost:.4g} of {whole:.4g} GFLOPs; written to {out_path}", highlight=False)
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="Hub name or folder; by default the bundled tiny model.")] = "tiny",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port [the first free one from 7860].")] = None,
+    share: Annotated[bool, typer.Option("--share", help="Open a public tunnel through Gradio's servers.")] = False,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Tokens a frame sees while written [512 bundled, else 15000].")
+    ] = None,
+    retrieve: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Frames brought back per layer [16 bundled, else 64].")
+    ] = None,
+    store: Annotated[str, typer.Option(help="Where memories are kept first: ram or disk:PATH.")] = "ram",
+    fps: Annotated[float, typer.Option(help="Pictures a second that are watched.")] = 2.0,
+    max_minutes: Annotated[float, typer.Option(help="Longest video, or time of a webcam.")] = 30.0,
+    max_mb: Annotated[int, typer.Option(min=1, help="Largest upload.")] = 200,
+    max_users: Annotated[int, typer.Option(min=1, help="Videos held at once.")] = 8,
+    max_gib: Annotated[float, typer.Option(help="Most memory of one video, all tiers together.")] = 4.0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... [bundled: cpu, else cuda if any].")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16 [bundled: float32, else as stored].")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """A page in the browser: watch a video, a sample or the webcam, and ask about it at any time."""
+    from mmkv import _inputs
+    from mmkv.demos.page.options import Limits
+    from mmkv.demos.page.serve import check_installed, served, wait
+
+    with _one_line(debug):
+        check_installed()
+        bundled = model == _inputs.TINY
+        limits = Limits(
+            minutes=max_minutes, megabytes=max_mb, users=max_users, gibibytes=max_gib, fps=fps, store=store,
+            window=window or (512 if bundled else 15000), retrieve=retrieve or (16 if bundled else 64),
+        )  # fmt: skip
+        if not debug:
+            _quiet()
+        vlm, processor = _load(model, device or ("cpu" if bundled else None), dtype or ("float32" if bundled else None))
+        with served(vlm, processor, model, limits, bundled, host, port, share) as (address, _):
+            out.print(f"the page is at {address} (Ctrl-C ends it)", highlight=False, soft_wrap=True)
+            wait()
 
 
 @app.command()

@@ -84,3 +84,17 @@ def mask_arguments(kwargs: dict, q_length: int, q_offset: int, attention_mask: t
     else:
         out |= {"q_length": q_length, "q_offset": q_offset}
     return out
+
+
+def mrope_sections(text_config) -> list[int] | None:
+    """Frequencies of the time, height and width axis where a rotary table comes with its axes apart (before 5.3)."""
+    parameters = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    return parameters.get("mrope_section")
+
+
+def merged_axes(table: torch.Tensor, sections: list[int] | None) -> torch.Tensor:
+    """cos or sin `[T, D]` of what a rotary module gave for one sequence, its axes merged where they came apart."""
+    if table.dim() == 4:  # [axis, B, T, D]
+        parts = table[:, 0].split((sections or []) * 2, dim=-1)
+        return torch.cat([part[i % 3] for i, part in enumerate(parts)], dim=-1)
+    return table[0]

@@ -59,6 +59,16 @@ class Adapter:
         """
         return None
 
+    def frames_reader(self, processor):
+        """How pictures of a stream become frames of the decoder: a `FramesReader`.
+
+        Raises:
+            ValueError: the family cannot be streamed.
+        """
+        raise ValueError(
+            f"{type(self.model).__name__} cannot be streamed; possible are Qwen2-VL, Qwen2.5-VL, LLaVA-OneVision"
+        )
+
     def modality(self, inputs: dict, batch: int, length: int) -> torch.Tensor:
         """int8 `[B, T]`: TEXT, IMAGE or VIDEO for each new token, from the keywords of the model's forward."""
         out = torch.zeros(batch, length, dtype=torch.int8)

@@ -7,6 +7,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from mmkv.layout import IMAGE, TokenLayout
 from mmkv.models.adapter import Adapter, features
+from mmkv.models.frames import FramesReader, LlavaOnevisionFrames
 from mmkv.models.tower import Tower, encoder_tower
 
 
@@ -14,6 +15,9 @@ class LlavaOnevision(Adapter):
     """SigLIP frames pooled to half their side; one newline token ends a video, one ends each row of an image's tiles."""
 
     families = ("llava_onevision",)
+
+    def frames_reader(self, processor) -> FramesReader:
+        return LlavaOnevisionFrames(self.model, processor)
 
     def vision_tower(self) -> Tower:
         return encoder_tower(self.model.model.vision_tower)

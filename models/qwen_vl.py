@@ -6,6 +6,7 @@ import torch
 
 from mmkv.layout import IMAGE, VIDEO, TokenLayout
 from mmkv.models.adapter import Adapter, features
+from mmkv.models.frames import FramesReader, QwenFrames
 from mmkv.models.qwen_tower import PackedTower
 
 
@@ -17,6 +18,11 @@ class QwenVL(Adapter):
 
     families = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
     axes = 3
+
+    def frames_reader(self, processor) -> FramesReader:
+        if self.model.config.model_type == "qwen3_vl":
+            return super().frames_reader(processor)  # a timestamp stands before each of its frames
+        return QwenFrames(self.model, processor)
 
     def vision_tower(self) -> PackedTower:
         return PackedTower(self.model.model.visual, self.model.config.vision_config)

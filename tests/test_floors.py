@@ -16,6 +16,7 @@ FLOORS = {
     "mmkv": 4,  # the public names, imported on first use from floor 4 and below
     "mmkv.cli": 5,
     "mmkv._ask": 5,
+    "mmkv._watch": 5,
     "mmkv._inputs": 5,
     "mmkv._look": 5,
     "mmkv._doctor": 5,

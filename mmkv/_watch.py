@@ -1,0 +1,83 @@
+"""`mmkv watch` and `mmkv ask --store`: a video is encoded once, into a folder, and asked about from there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mmkv._inputs import DEFAULT_FPS
+from mmkv.streaming.answer import Answer
+from mmkv.streaming.stream import stream
+from mmkv.video import Video, open_video
+
+MOST_AT_A_TIME = 16  # pictures that are decoded before they are watched
+
+
+def content_of(path: Path, fps: float) -> str:
+    """Hash of a file and of how it is sampled: what a store is told about the video."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+    return f"{digest} at {fps:g} a second"
+
+
+def open_clip(path: str, fps: float | None) -> Video:
+    """A video at `fps` pictures a second; by default at 2, or at its own rate where that is less."""
+    if fps is not None:
+        return open_video(path, fps)
+    clip = open_video(path)
+    return open_video(path, DEFAULT_FPS) if clip.fps > DEFAULT_FPS * 1.01 else clip
+
+
+def watch(
+    model: Any, processor: Any, clip: Video, store: str, *, window: int, packed: str | None, tick: Callable[[int], Any]
+) -> tuple[int, dict[str, int]]:
+    """Encode a video into a store, from where it was left; returns frames stored, and bytes by tier.
+
+    Args:
+        model, processor: that will answer.
+        clip: the video, at the pictures per second that are watched.
+        store: "disk:PATH".
+        window: tokens that a frame sees.
+        packed: format of keys and values.
+        tick: called with the number of pictures that were taken in.
+    """
+    content = content_of(clip.path, clip.sample_fps)
+    with stream(
+        model, processor, store=store, window=window, packed=packed, fps=clip.sample_fps, video=content
+    ) as memory:
+        done = memory.frames * memory.reader.pictures
+        tick(done)
+        pictures, times = [], []
+        for number, frame in enumerate(clip):
+            if number < done:
+                continue
+            pictures.append(frame.image)
+            times.append(number / clip.sample_fps)
+            if len(pictures) == MOST_AT_A_TIME:
+                memory.watch(pictures, times)
+                tick(len(pictures))
+                pictures, times = [], []
+        if pictures:
+            memory.watch(pictures, times)
+            tick(len(pictures))
+        return memory.frames, memory.bytes()
+
+
+def ask(
+    model: Any,
+    processor: Any,
+    store: str,
+    question: str,
+    *,
+    retrieve: int,
+    max_new_tokens: int,
+    say: Callable[[str], Any],
+) -> Answer:
+    """Answer from a store; `say` is called with pieces of the text as they come."""
+    with stream(model, processor, store=store, retrieve=retrieve, mode="read") as memory:
+        reply = memory.ask(question, max_new_tokens=max_new_tokens)
+        for piece in reply:
+            say(piece)
+        return reply.answer()

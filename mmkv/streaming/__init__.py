@@ -1,0 +1,1 @@
+"""Streams: a video watched as it comes, asked about at any time."""
