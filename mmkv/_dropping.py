@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -109,18 +110,23 @@ class Dropping:
         """Hook the decoder's layers; returns the handles."""
         hooks = []
         for index, layer in enumerate(self.adapter.text_model.layers):
-            before = lambda module, args, kwargs, index=index: self._before_layer(index, args, kwargs)  # noqa: E731
-            after = lambda module, args, output, index=index: self._after_layer(index, output)  # noqa: E731
-            hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            hooks.append(layer.register_forward_hook(after))
+            # partials of bound methods, so that a deep copy of the model has hooks of its own
+            hooks.append(layer.register_forward_pre_hook(partial(self._before_layer, index), with_kwargs=True))
+            hooks.append(layer.register_forward_hook(partial(self._after_layer, index)))
         return hooks
 
-    def choose(self, chunk: TokenLayout, embeds: torch.Tensor | None) -> torch.Tensor | None:
-        """Ask the methods that act before the decoder about a whole prompt; returns its embeddings, merged ones in place."""
+    def choose(self, chunk: TokenLayout, embeds: torch.Tensor | None, inputs: dict) -> torch.Tensor | None:
+        """Ask the methods that act before the decoder about a whole prompt; returns its embeddings, merged ones in place.
+
+        Args:
+            chunk: layout of its tokens.
+            embeds: of them.
+            inputs: keywords of the whole model's forward.
+        """
         if not bool(chunk.visual.any()):
             return embeds
         self.trace = Trace(chunk, layers=self.layers)
-        embeds, into = self.media.choose(chunk, embeds)
+        embeds, into = self.media.choose(chunk, embeds, inputs)
         if self.media.keep is not None:
             self.trace.into[0] = into
         return embeds
@@ -137,6 +143,8 @@ class Dropping:
         """
         root = cache.layers[0].state.root
         visual = bool(chunk.visual.any())
+        if not visual and root.seen == len(chunk):
+            self.trace = None  # a new sequence, of text alone
         root.watched, root.looked = frozenset(self.after) if visual else frozenset(), {}
         if visual and self.trims and self.after:
             root.deferred = frozenset(range(max(self.after) + 1))
@@ -178,7 +186,7 @@ class Dropping:
         self._run = None
         self.media.forget()
 
-    def _before_layer(self, index: int, args: tuple, kwargs: dict):
+    def _before_layer(self, index: int, module, args: tuple, kwargs: dict):
         run = self._run
         if run is None:
             return None
@@ -203,7 +211,7 @@ class Dropping:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
 
-    def _after_layer(self, index: int, output):
+    def _after_layer(self, index: int, module, args: tuple, output):
         run = self._run
         if run is None or run.deep is None or index >= len(run.deep[0]):
             return None

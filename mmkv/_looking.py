@@ -17,10 +17,10 @@ class Looking:
     Args:
         adapter: of the model.
         methods: in the order in which they are asked.
-        done: called after each forward of the tower with what was noted, by name.
+        done: called after each forward of the tower with its output, and with what was noted, by name.
     """
 
-    def __init__(self, adapter: Adapter, methods: tuple[TokenMethod, ...], done: Callable[[dict], None]):
+    def __init__(self, adapter: Adapter, methods: tuple[TokenMethod, ...], done: Callable):
         self.tower = adapter.vision_tower()
         self.facts = facts_of(adapter, self.tower)
         self.done, self._last = done, None
@@ -37,7 +37,10 @@ class Looking:
             return
         self.hooks.attach()
         if isinstance(self.hooks, TowerHooks):
-            self._last = self.tower.module.register_forward_hook(lambda *_: self.done(dict(self.hooks.state.notes)))
+            self._last = self.tower.module.register_forward_hook(self._after)
+
+    def _after(self, module, args, output) -> None:
+        self.done(output, dict(self.hooks.state.notes))
 
     def detach(self) -> None:
         if self.hooks is not None:

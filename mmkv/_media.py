@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 
 from mmkv.layout import IMAGE, VIDEO, TokenLayout
@@ -20,16 +23,26 @@ class Media:
     def __init__(self, adapter: Adapter, methods: tuple[TokenMethod, ...]):
         self.adapter, self.methods = adapter, methods
         self.keep: torch.Tensor | None = None  # bool [B, T], tokens that enter the decoder; None for all
-        self.noted: list[dict] = []  # by run of the vision tower since the last prompt: what was noted
+        self._noted: list[
+            tuple[Any, dict]
+        ] = []  # by run of the vision tower: weak reference to its output, what was noted
+        self._runs = 0  # how many of them were there before the forward in progress
         self._notes: list[dict[str, torch.Tensor]] = []  # by batch element: fp32 [T] by name
 
-    def forget(self) -> None:
-        """The prompt is read."""
-        self.keep, self.noted, self._notes = None, [], []
+    def begin(self) -> None:
+        """A forward of the whole model begins."""
+        self._noted = [(ref, notes) for ref, notes in self._noted if ref() is not None]
+        self._runs = len(self._noted)
 
-    def noted_in_tower(self, notes: dict) -> None:
-        """The vision tower has run; what was noted waits for the prompt."""
-        self.noted.append(notes)
+    def forget(self) -> None:
+        """The forward has ended. Notes stay as long as the features that they belong to."""
+        self.keep, self._notes = None, []
+        self.begin()
+
+    def noted_in_tower(self, output, notes: dict) -> None:
+        """The vision tower has run; what was noted waits for the prompt that holds its output."""
+        self._noted = [(ref, kept) for ref, kept in self._noted if ref() is not None]
+        self._noted.append((weakref.ref(output), notes))
 
     def notes_of(self, row: int, columns: torch.Tensor) -> dict[str, torch.Tensor]:
         """What was noted of some tokens of a batch element, fp32 `[n]` by name."""
@@ -44,18 +57,19 @@ class Media:
             kept[columns.to(kept.device)] = values.float().to(kept.device)
 
     @torch.no_grad()
-    def choose(self, chunk: TokenLayout, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def choose(self, chunk: TokenLayout, embeds: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Ask about every image and video of the new tokens.
 
         Args:
             chunk: layout of the T new tokens.
             embeds: `[B, T, C]`.
+            inputs: keywords of the whole model's forward.
 
         Returns:
             their embeddings, merged ones in place, and int64 `[B, T]`: the token that each became part of, -1 where dropped.
         """
         self._length, self._notes = len(chunk), [{} for _ in range(chunk.batch)]
-        self._bring(chunk)
+        self._bring(chunk, inputs.get("mm_encoder_outputs") or {})
         into = torch.arange(len(chunk)).repeat(chunk.batch, 1)
         keep = torch.ones(chunk.batch, len(chunk), dtype=torch.bool)
         for row, columns in _media(chunk):
@@ -90,13 +104,17 @@ class Media:
         self.keep = None if bool(keep.all()) else keep
         return embeds, into
 
-    def _bring(self, chunk: TokenLayout) -> None:
-        """Bring what was noted in the vision tower to the decoder's tokens."""
-        kinds = [kind for kind in (IMAGE, VIDEO) if bool((chunk.modality == kind).any())]
-        runs, self.noted = self.noted[-len(kinds) :], []
-        if len(runs) < len(kinds):
-            return  # features were handed in: methods that need what the tower saw say so
-        for kind, noted in zip(kinds, runs):
+    def _bring(self, chunk: TokenLayout, features: dict) -> None:
+        """Bring what was noted in the vision tower to the decoder's tokens; nothing where features came from elsewhere."""
+        runs = [notes for _, notes in self._noted[self._runs :]]  # of this very forward, images first
+        for kind in (IMAGE, VIDEO):
+            if not bool((chunk.modality == kind).any()):
+                continue
+            given = features.get("image" if kind == IMAGE else "video")
+            if given is None:
+                noted = runs.pop(0) if runs else {}
+            else:  # encoded before, by `generate` or by a caller
+                noted = next((notes for ref, notes in self._noted if ref() is given), {})
             media = [(row, columns) for row, columns in _media(chunk) if int(chunk.modality[row, columns[0]]) == kind]
             for name, values in noted.items():
                 for (row, columns), mine in zip(media, self._of_media(values, kind, chunk, media)):

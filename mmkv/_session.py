@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from functools import cached_property
 
 import torch
 
@@ -46,6 +45,7 @@ class Session:
         self.dropping = Dropping(adapter, tokens) if tokens else None
         self.looking = Looking(adapter, tokens, self.dropping.media.noted_in_tower) if tokens else None
         self._uncached = False  # a cache was made for a forward that asked for none
+        self._depth = 0  # of forwards within a forward
         self._inputs: dict = {}  # keywords of the forward in progress
         self._pieces: Pieces | None = None  # of a prompt that is being read in chunks
         self._hooks: list = []
@@ -58,8 +58,9 @@ class Session:
             module._mmkv_stock = self.stock
         self.text_config._attn_implementation = NAME
         # one by one, so that `detach` finds those that were made before one failed
-        self._hooks.append(model.register_forward_pre_hook(self._before_model, with_kwargs=True))
-        self._hooks.append(model.register_forward_hook(self._after_model, always_call=True))
+        for module in self._entrances():
+            self._hooks.append(module.register_forward_pre_hook(self._before_model, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._after_model, always_call=True))
         self._hooks.append(text_model.register_forward_pre_hook(self._before_text, with_kwargs=True))
         self._hooks.append(text_model.register_forward_hook(self._after_text, with_kwargs=True))
         if self.dropping is not None:
@@ -70,6 +71,11 @@ class Session:
             for module in self.adapter.attention_modules() if post else text_model.layers:
                 self._hooks.append(module.register_forward_pre_hook(self._before_layer, with_kwargs=True))
         model._mmkv = self
+
+    def _entrances(self) -> list[torch.nn.Module]:
+        """The modules that are given images and prompts: the model, and a vision-language model without its head."""
+        model, body = self.adapter.model, getattr(self.adapter.model, "model", None)
+        return [model] if body is None or body is self.adapter.text_model else [model, body]
 
     def detach(self) -> None:
         """Leave the model as it was."""
@@ -100,11 +106,10 @@ class Session:
         if any(state.prompted):
             state.norms[index] = torch.linalg.vector_norm(hidden.detach(), dim=-1, dtype=torch.float32)
 
-    @cached_property
-    def _parameters(self) -> list[str]:
-        return list(inspect.signature(self.adapter.model.forward).parameters)
-
     def _before_model(self, module, args, kwargs):
+        self._depth += 1
+        if self._depth > 1:  # the model's own call of its body
+            return None
         if self.text_config._attn_implementation != NAME:
             raise RuntimeError(
                 f"the attention implementation was set to {self.text_config._attn_implementation!r} after mmkv.wrap; set it "
@@ -112,12 +117,13 @@ class Session:
             )
         self.meter.start(module)
         if args:
-            kwargs = {**dict(zip(self._parameters, args)), **kwargs}
+            kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args)), **kwargs}
         if kwargs.get("output_attentions") or self.text_config.output_attentions:
             raise ValueError("output_attentions does not work with a wrapped model: attention weights are never formed")
         self._refuse_unmasked(kwargs)
         if self.dropping is not None:
             self._refuse_dropping(kwargs)
+            self.dropping.media.begin()
         cache = kwargs.get("past_key_values")
         if cache is not None:
             adopt(cache, self.text_config, self.method, self.max_bytes)
@@ -153,9 +159,12 @@ class Session:
             raise ValueError("tokens=... is for inference; call model.eval(), or mmkv.unwrap(model) to train")
 
     def _after_model(self, module, args, output):
+        self._depth = max(self._depth - 1, 0)
+        if self._depth:
+            return
         if self._pieces is not None:
             self._pieces.state.chunk_of, self._pieces.state.more = None, False
-        self._inputs, self._pieces = {}, None
+        self._inputs, self._pieces, self._uncached = {}, None, False
         if self.dropping is not None:
             self.dropping.forget()
         self.meter.stop()
@@ -180,7 +189,7 @@ class Session:
             embeds = module.get_input_embeddings()(ids)
         chunk = self._chunk(state, new, kwargs)
         if self.dropping is not None and embeds is not None:
-            embeds = self.dropping.choose(chunk, embeds)
+            embeds = self.dropping.choose(chunk, embeds, self._inputs)
             kwargs["inputs_embeds"] = embeds
         if self.prefill_chunk is not None and len(chunk) > self.prefill_chunk:
             if ids is not None and args:

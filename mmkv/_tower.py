@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -104,13 +105,13 @@ class TowerHooks:
         add(tower.module.register_forward_hook(self._leave, always_call=True))
         add(tower.patches.register_forward_pre_hook(self._see_pixels))
         for b, tap in enumerate(tower.taps):
-            add(tap.block.register_forward_pre_hook(self._block_enter(b), with_kwargs=True))
-            add(tap.attention.register_forward_pre_hook(self._attention_enter(tap), with_kwargs=True))
-            add(tap.block.register_forward_hook(self._block_leave(b), prepend=True))
+            add(tap.block.register_forward_pre_hook(partial(self._block_enter, b), with_kwargs=True))
+            add(tap.attention.register_forward_pre_hook(partial(self._attention_enter, tap), with_kwargs=True))
+            add(tap.block.register_forward_hook(partial(self._block_leave, b), prepend=True))
             if self._asked[b]:
-                add(tap.query.register_forward_hook(self._capture("query", tap)))
-                add(tap.key.register_forward_hook(self._capture("key", tap)))
-                add(tap.norm.register_forward_pre_hook(self._decide(b)))
+                add(tap.query.register_forward_hook(partial(self._capture, "query", tap)))
+                add(tap.key.register_forward_hook(partial(self._capture, "key", tap)))
+                add(tap.norm.register_forward_pre_hook(partial(self._decide, b)))
                 add(tap.branch.register_forward_hook(self._put_aside))
         if tower.pooled is not None:
             add(tower.pooled.register_forward_hook(self._fill_pruned))
@@ -145,62 +146,50 @@ class TowerHooks:
     def _see_pixels(self, module, args):
         self._pixels = tuple(args[0].shape[-2:]) if args else None
 
-    def _block_enter(self, b: int):
-        def enter(module, args, kwargs):
-            hidden, name = (args[0], None) if args else (kwargs["hidden_states"], "hidden_states")
-            if b == 0:
-                grid = self._pixels and self.tower.grid(*self._pixels, hidden.shape[1])
-                self.state = TowerState(hidden.shape[1], grid=grid)
-            self._short = self._branch = None
-            self._captured.clear()
-            if self.state.source is None or self._unseen:
-                return None
-            short = self.state.one_of_each(hidden)
-            return ((short, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: short})
+    def _block_enter(self, b: int, module, args, kwargs):
+        hidden, name = (args[0], None) if args else (kwargs["hidden_states"], "hidden_states")
+        if b == 0:
+            grid = self._pixels and self.tower.grid(*self._pixels, hidden.shape[1])
+            self.state = TowerState(hidden.shape[1], grid=grid)
+        self._short = self._branch = None
+        self._captured.clear()
+        if self.state.source is None or self._unseen:
+            return None
+        short = self.state.one_of_each(hidden)
+        return ((short, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: short})
 
-        return enter
+    def _attention_enter(self, tap: Tap, module, args, kwargs):
+        size = self.state.size
+        if size is None or not (self._bias or self.state.ragged):
+            return None
+        if kwargs.get(tap.mask) is not None or len(args) > 1:
+            raise ValueError(f"{tap.mask} was given; a mask for the original tokens does not fit merged ones")
+        if not self.tower.additive_masks:
+            raise ValueError(
+                "attention in proportion to sizes needs attn_implementation='sdpa' or 'eager' in the tower"
+            )
+        bias = size.log() if self._bias else torch.zeros_like(size).masked_fill(size <= 0, -torch.inf)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return args, {**kwargs, tap.mask: bias[:, None, None].to(hidden.dtype)}
 
-    def _attention_enter(self, tap: Tap):
-        def enter(module, args, kwargs):
-            size = self.state.size
-            if size is None or not (self._bias or self.state.ragged):
-                return None
-            if kwargs.get(tap.mask) is not None or len(args) > 1:
-                raise ValueError(f"{tap.mask} was given; a mask for the original tokens does not fit merged ones")
-            if not self.tower.additive_masks:
-                raise ValueError(
-                    "attention in proportion to sizes needs attn_implementation='sdpa' or 'eager' in the tower"
-                )
-            bias = size.log() if self._bias else torch.zeros_like(size).masked_fill(size <= 0, -torch.inf)
-            hidden = args[0] if args else kwargs["hidden_states"]
-            return args, {**kwargs, tap.mask: bias[:, None, None].to(hidden.dtype)}
+    def _capture(self, name: str, tap: Tap, module, args, output):
+        self._captured[name] = output if tap.split else output.unflatten(-1, (self.tower.heads, -1)).transpose(1, 2)
 
-        return enter
-
-    def _capture(self, name: str, tap: Tap):
-        def capture(module, args, output):
-            self._captured[name] = output if tap.split else output.unflatten(-1, (self.tower.heads, -1)).transpose(1, 2)
-
-        return capture
-
-    def _decide(self, b: int):
-        def decide(module, args):
-            hidden, grouped = args[0], False
-            heads = [self._captured.pop(name) for name in ("query", "key")]
-            for method in self._asked[b]:
-                grouping = method.in_tower(self._view(b, hidden, *heads))
-                if grouping is None:
-                    continue
-                weight = self.state.size
-                hidden, grouped = self.state.shorten(grouping, hidden), True
-                if method is not self._asked[b][-1]:
-                    heads = [_merge_heads(grouping, x, weight) for x in heads]
-            if not grouped:
-                return None
-            self._short = hidden
-            return (hidden,)
-
-        return decide
+    def _decide(self, b: int, module, args):
+        hidden, grouped = args[0], False
+        heads = [self._captured.pop(name) for name in ("query", "key")]
+        for method in self._asked[b]:
+            grouping = method.in_tower(self._view(b, hidden, *heads))
+            if grouping is None:
+                continue
+            weight = self.state.size
+            hidden, grouped = self.state.shorten(grouping, hidden), True
+            if method is not self._asked[b][-1]:
+                heads = [_merge_heads(grouping, x, weight) for x in heads]
+        if not grouped:
+            return None
+        self._short = hidden
+        return (hidden,)
 
     def _view(self, b: int, hidden: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> TowerView:
         state, tower = self.state, self.tower
@@ -226,23 +215,20 @@ class TowerHooks:
         self._branch = output
         return output.new_zeros(())  # the block adds it to its long hidden states, which nobody uses
 
-    def _block_leave(self, b: int):
-        def leave(module, args, output):
-            state = self.state
-            if self._short is not None:
-                output = self._short + self._branch
-                self._short = self._branch = None
-            state.tokens_per_block.append(output.shape[1])
-            if state.source is None:
-                if self.trace:
-                    state.trace.append(state.whole(output)[1])
-                return None
+    def _block_leave(self, b: int, module, args, output):
+        state = self.state
+        if self._short is not None:
+            output = self._short + self._branch
+            self._short = self._branch = None
+        state.tokens_per_block.append(output.shape[1])
+        if state.source is None:
             if self.trace:
-                state.trace.append(state.source)
-            last = b == len(self.tower) - 1
-            return output if self._unseen and not last else unmerge(output, state.source)
-
-        return leave
+                state.trace.append(state.whole(output)[1])
+            return None
+        if self.trace:
+            state.trace.append(state.source)
+        last = b == len(self.tower) - 1
+        return output if self._unseen and not last else unmerge(output, state.source)
 
     def _fill_pruned(self, module, args, output):
         source, prefix = self.state.source, self.tower.prefix

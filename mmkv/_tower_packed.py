@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from mmkv.models.qwen_tower import PackedTower
@@ -14,7 +16,8 @@ class PackedHooks:
     Args:
         tower: where to listen.
         methods: asked in this order in each block.
-        done: called after each forward of the tower with what was noted: by name a list of fp32 `[n]` for each image or video.
+        done: called after each forward of the tower with its output and what was noted: by name a list of fp32 `[n]` for each
+            image or video.
     """
 
     def __init__(self, tower: PackedTower, methods: tuple[TokenMethod, ...], done):
@@ -30,14 +33,17 @@ class PackedHooks:
             attention = self.tower.blocks[block].attn
             self._hooks.append(attention.register_forward_pre_hook(self._before, with_kwargs=True))
             self._hooks.append(attention.qkv.register_forward_hook(self._projected))
-            look = lambda module, args, output, block=block, mine=mine: self._look(block, mine, output)  # noqa: E731
-            self._hooks.append(self.tower.blocks[block].register_forward_hook(look))
+            self._hooks.append(self.tower.blocks[block].register_forward_hook(partial(self._look, block, mine)))
+        self._hooks.append(self.tower.module.register_forward_pre_hook(self._begin))
         self._hooks.append(self.tower.module.register_forward_hook(self._after, with_kwargs=True))
 
     def detach(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+    def _begin(self, module, args):
+        self._notes = {}  # of a run that failed
 
     def _before(self, module, args, kwargs):
         self._given = kwargs
@@ -46,7 +52,7 @@ class PackedHooks:
         self._qkv = output.detach()
 
     @torch.no_grad()
-    def _look(self, block: int, methods, hidden: torch.Tensor) -> None:
+    def _look(self, block: int, methods, module, args, hidden: torch.Tensor) -> None:
         queries, keys, scale = self.tower.queries_keys(block, self._qkv, self._given["position_embeddings"])
         n = hidden.shape[0]
         view = TowerView(
@@ -74,4 +80,4 @@ class PackedHooks:
     def _after(self, module, args, kwargs, output):
         grid = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
         notes, self._notes = self._notes, {}
-        self.done({name: self.tower.to_tokens(values[0], grid) for name, values in notes.items()})
+        self.done(output, {name: self.tower.to_tokens(values[0], grid) for name, values in notes.items()})

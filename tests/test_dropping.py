@@ -417,3 +417,78 @@ def test_a_limit_of_bytes_holds_with_dropped_tokens():
     with mmkv.wrapped(model, tokens=[EveryNth(2), Behind((0,), 2)], max_bytes=150_000):
         generate(model, given)
         assert mmkv.report(model).kv_bytes <= 150_000
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision", "llava"])
+@pytest.mark.parametrize("name", ["EVS", "FastV", "VisionZip", "MustDrop", "Uniform"])
+def test_a_deep_copy_drops_as_the_original_does(family, name):
+    import random_models as rm
+
+    model = make(family)
+    given = inputs(model, [rm.default_prompt(model, 64)])
+    mmkv.wrap(model, tokens=[METHODS[name.lower()].method()])
+    want = generate(model, given)
+    counts = mmkv.report(model).tokens_per_layer
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in model.parameters():  # nothing of the copy leads back to the original
+            weight.zero_()
+    assert torch.equal(generate(other, given), want)
+    assert mmkv.report(other).tokens_per_layer == counts
+    mmkv.unwrap(other)
+    assert not hasattr(other, "_mmkv")
+    assert hasattr(model, "_mmkv")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_body_without_its_head_drops_too(family):
+    model = make(family)
+    given = one(model)
+    with torch.no_grad(), mmkv.wrapped(model, tokens=[EveryNth(2), Behind((0,))]):
+        want = model(**given, output_hidden_states=False)
+        counts = mmkv.report(model).tokens_per_layer
+        got = model.model(**given).last_hidden_state
+        assert mmkv.report(model).tokens_per_layer == counts
+        assert mmkv.report(model).tokens["video"] > 0
+    assert torch.equal(model.lm_head(got), want.logits)
+
+
+def test_a_forward_after_a_failed_one():
+    model = make("qwen2_5_vl")
+    given = one(model)
+
+    def boom(*_):
+        raise RuntimeError("boom")
+
+    with torch.no_grad(), mmkv.wrapped(model, tokens=[EveryNth(2), Behind((0,))]):
+        want = model(**given).logits
+        for module in (model.model.language_model.layers[1], model.model.visual.blocks[1], model.lm_head):
+            hook = module.register_forward_hook(boom)
+            with pytest.raises(RuntimeError, match="boom"):
+                model(**given, use_cache=False)
+            hook.remove()
+            out = model(**given, past_key_values=mmkv.Cache(model))
+            assert out.past_key_values is not None
+            assert torch.equal(out.logits, want)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision", "llava"])
+@pytest.mark.parametrize("name", ["VisionZip", "MustDrop", "FastV"])
+def test_generating_without_a_cache(family, name):
+    """Every step reads the whole prompt anew, and drops anew."""
+    import random_models as rm
+
+    model = make(family)
+    given = inputs(model, [rm.default_prompt(model, 64)])
+    with mmkv.wrapped(model, tokens=[METHODS[name.lower()].method()]):
+        got = generate(model, given, use_cache=False)
+    assert got.shape[1] == given["input_ids"].shape[1] + 8
+
+
+def test_the_report_after_a_prompt_of_text():
+    model = make("qwen2_5_vl")
+    with mmkv.wrapped(model, tokens=[EveryNth(2)]):
+        generate(model, one(model))
+        assert mmkv.report(model).tokens_per_layer
+        generate(model, inputs(model, [words(14)]))
+        assert mmkv.report(model).tokens_per_layer == ()

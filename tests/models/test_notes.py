@@ -199,13 +199,50 @@ def test_features_in_place_of_pixels_bring_no_notes():
 
 
 def test_another_image_than_the_prompt_holds_is_refused():
+    """What the tower saw in this very forward has to be the prompt's images."""
     model = rm.make("llava")
     given = rm.inputs(model, [[rm.Image(48, 48)] + rm.words(3)])
     with torch.no_grad(), mmkv.wrapped(model, tokens=[Peek()]):
-        session(model).dropping.media.noted_in_tower({"mean": torch.zeros(3, 36)})
-        features = model.model.vision_tower  # not run: what is queued is all there is
-        del features
-        embeds = model.get_input_embeddings()(given["input_ids"])
-        kinds = (given["input_ids"] == rm.IMAGE).int()
+        media = session(model).dropping.media
+        chunk = session(model).adapter.layout(given, *given["input_ids"].shape, None)
+        chunk.valid[:] = True
+        other = torch.nn.Parameter(torch.zeros(1))
+        media.noted_in_tower(other, {"mean": torch.zeros(3, 36)})
         with pytest.raises(ValueError, match="in one call"):
-            model(inputs_embeds=embeds, mm_token_type_ids=kinds, attention_mask=given["attention_mask"])
+            media.choose(chunk, torch.zeros(1, len(chunk), 64), {})
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision", "llava"])
+def test_features_bring_the_notes_of_their_own_run(family):
+    """Encoded ahead, in another order than they are used: each prompt gets what the tower noted of its own media."""
+    model = rm.make(family)
+    if "mm_encoder_outputs" not in model.forward.__code__.co_varnames:
+        import inspect
+
+        if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+            pytest.skip("this transformers takes no features in place of pixels")
+    prompt = rm.default_prompt(model, 64)
+    both = [rm.inputs(model, [prompt], seed=seed) for seed in (3, 4)]
+    kind = "image" if family == "llava" else "video"
+    pixels = [n for n in both[0] if n.startswith(("pixel_values", "image_sizes")) or n.endswith("grid_thw")]
+    want = []
+    for given in both:
+        peek = Peek()
+        with torch.no_grad(), mmkv.wrapped(model, tokens=[peek]):
+            model(**given)
+        want.append([v.notes["mean"] for v in peek.seen])
+    peek = Peek()
+    encode = getattr(model.model, f"get_{kind}_features")
+    with torch.no_grad(), mmkv.wrapped(model, tokens=[peek]):
+        features = [encode(**{n: given[n] for n in pixels}, return_dict=True) for given in both]
+        for given, ready in zip(both, features):
+            rest = {n: v for n, v in given.items() if n not in pixels}
+            model(**rest, mm_encoder_outputs={kind: ready})
+        noted = session(model).dropping.media._noted
+        assert len(noted) == 2
+        del features, ready
+        session(model).dropping.media.begin()
+        assert not session(model).dropping.media._noted
+    got = [v.notes["mean"] for v in peek.seen]
+    for mine, theirs in zip(got, sum(want, [])):
+        assert torch.allclose(mine, theirs, atol=1e-5)
