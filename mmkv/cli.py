@@ -337,6 +337,13 @@ def train_rates(
 
         from mmkv import _train_data, _train_rates
 
+        # what can be told before the model is loaded
+        if not Path(out_path).absolute().parent.is_dir():
+            raise ValueError(f"--out {out_path}: no such folder; make it first")
+        if target <= 0:
+            raise ValueError(f"--target {target:g}: possible are GFLOPs above 0, below what the whole model costs")
+        if images != "digits" and not any(path.is_file() for path in Path(images).rglob("*")):
+            raise ValueError(f"{images} holds no files; give a folder of images, or digits")
         vit = _train_data.load_model(model, checkpoint, setting or [])
         vit.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         loader = _train_data.loader(images, vit, batch)

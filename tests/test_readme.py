@@ -18,7 +18,7 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     world.write_mp4(video.frames, tmp_path / "video.mp4")
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"<!-- example -->\s*```python\n(.*?)```", README, re.DOTALL)
-    assert len(examples) == 3
+    assert len(examples) == 4
     names: dict = {}
     for code in examples:  # a reader goes from one to the next
         exec(compile(code, "README.md", "exec"), names)
@@ -27,7 +27,7 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     assert out.count("KV cache, resident") == 2
     answer = next(q.answer for q in video.questions if q.text == "which colour appears first?")
     assert answer in out.splitlines()[0]
-    assert len(re.findall(rf"^.*{answer}", out, re.MULTILINE)) == 3, "all examples answer"
+    assert len(re.findall(rf"^.*{answer}", out, re.MULTILINE)) == 4, "all examples answer"
 
 
 def test_the_examples_of_the_pages_run():

@@ -122,3 +122,23 @@ def test_files_without_classes(tmp_path):
     model = timm.create_model(NAME, img_size=64, depth=1, embed_dim=32, num_heads=2)
     (batch,) = _train_data.folder_loader(str(tmp_path), model, 8, workers=0)
     assert batch[0].shape == (1, 3, 64, 64) and batch[1].tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("digits", "--target", "-1"), "--target -1"),
+        (("digits", "--target", "1", "--out", "/no/such/rates.json"), "no such folder"),
+        (("EMPTY", "--target", "1"), "holds no files"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_model_is_loaded(tmp_path, words, said):
+    from typer.testing import CliRunner
+
+    from mmkv.cli import app
+
+    words = [str(tmp_path) if w == "EMPTY" else w for w in words]
+    found = CliRunner().invoke(app, ["train-rates", *words, "--model", "no_such_model"])
+    assert found.exit_code == 2
+    assert said in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1

@@ -94,6 +94,11 @@ class SparseVLM(TokenMethod):
             raise ValueError(f"keep={self.keep!r}; needed is a tuple of one number or ratio for each of {self._layers}")
         for amount in self.keep:
             check_kept("keep", amount)
+        alike = len({type(amount) for amount in self.keep}) == 1
+        if alike and list(self.keep) != sorted(self.keep, reverse=True):
+            raise ValueError(
+                f"keep={self.keep!r} rises; a later stage cannot keep more than the one before, give falling numbers"
+            )
         check_name("budget", self.budget, ("fixed", "rank"))
         check_number("scale", self.scale)
         check_number("bias", self.bias)

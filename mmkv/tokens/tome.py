@@ -43,7 +43,8 @@ class ToMe(TokenMethod):
                 raise ValueError(
                     f"r={self.r!r}; tokens to merge are whole numbers from 0 on, one or one for each block"
                 )
-        if not isinstance(self.inflect, int | float) or not -1 <= self.inflect <= 1:
+        number = isinstance(self.inflect, int | float) and not isinstance(self.inflect, bool)
+        if not number or not -1 <= self.inflect <= 1:
             raise ValueError(f"inflect={self.inflect!r}; possible are -1 ... 1")
         if many and self.inflect:
             raise ValueError(

@@ -262,3 +262,87 @@ def test_models_that_cannot_be_streamed(loaded):
 
     with pytest.raises(ValueError, match="cannot be streamed"):
         mmkv.stream(rm.make("llama"), loaded[1])
+
+
+def test_a_folder_goes_on_as_if_never_closed(loaded, video, tmp_path):
+    """Closed in the middle and opened again, the window is rebuilt from what was stored: later frames are the same to the bit."""
+    model, processor = loaded
+    options = dict(window=100, retrieve=4, fps=2.0, video="one")
+    with mmkv.stream(model, processor, store=f"disk:{tmp_path / 'straight'}", **options) as stream:
+        stream.watch(video.frames[:20])
+        stream.watch(video.frames[20:])
+        want = [stream.store.fetch(layer, range(16)) for layer in range(6)]
+        answer_ = stream.answer(QUESTION)
+        times = list(stream.times)
+    with mmkv.stream(model, processor, store=f"disk:{tmp_path / 'broken'}", **options) as stream:
+        stream.watch(video.frames[:20])
+    with mmkv.stream(model, processor, store=f"disk:{tmp_path / 'broken'}", **options) as stream:
+        assert stream.frames == 10
+        assert stream.answer(QUESTION).text
+        stream.watch(video.frames[20:])
+        assert stream.times == times
+        for (keys, values), (more_keys, more_values) in zip(want, [stream.store.fetch(i, range(16)) for i in range(6)]):
+            assert torch.equal(keys, more_keys)
+            assert torch.equal(values, more_values)
+        assert stream.answer(QUESTION).text == answer_.text
+    with pytest.raises(ValueError, match="another video"):
+        mmkv.stream(model, processor, store=f"disk:{tmp_path / 'broken'}", **{**options, "video": "two"})
+    with pytest.raises(ValueError, match="another preprocessing"):
+        mmkv.stream(model, processor, store=f"disk:{tmp_path / 'broken'}", **{**options, "window": 200})
+    assert not hasattr(model, "_mmkv")
+
+
+def test_one_writes_and_another_reads(loaded, video, tmp_path):
+    model, processor = loaded
+    where = f"disk:{tmp_path / 'memory'}"
+    with pytest.raises(ValueError, match="holds no store"):
+        mmkv.stream(model, processor, store=where, mode="read")
+    with mmkv.stream(model, processor, store=where, window=4000, fps=2.0) as writer:
+        writer.watch(video.frames[:16])
+        with mmkv.stream(model, processor, store=where, mode="read") as reader:
+            assert reader.frames == 8
+            assert reader.answer(QUESTION).text == writer.answer(QUESTION).text
+            writer.watch(video.frames[16:])
+            assert (reader.refresh(), reader.frames) == (8, 16)
+            assert reader.answer(QUESTION).frames == writer.answer(QUESTION).frames
+            with pytest.raises(ValueError, match="only reads"):
+                reader.watch(video.frames)
+
+
+def test_a_damaged_frame_is_passed_over(loaded, video, tmp_path):
+    model, processor = loaded
+    where = tmp_path / "memory"
+    with mmkv.stream(model, processor, store=f"disk:{where}", window=4000, fps=2.0, encode=2) as stream:
+        stream.watch(video.frames)
+    chunks = sorted(where.rglob("*.safetensors"), key=lambda path: path.name)
+    assert len(chunks) == 8
+    data = bytearray(chunks[3].read_bytes())
+    data[len(data) // 2] ^= 1
+    chunks[3].write_bytes(data)
+    with mmkv.stream(model, processor, store=f"disk:{where}", mode="read") as stream:
+        with pytest.warns(UserWarning, match="frame"):
+            found = stream.answer(QUESTION)
+        damaged = stream.store.damaged
+    assert damaged
+    assert set(damaged) <= {6, 7}
+    assert found.text
+    fully = {f.frame for f in found.frames if f.layers == 6}
+    assert fully >= set(range(16)) - {6, 7}
+
+
+def test_a_full_disk_leaves_the_memory_intact(loaded, video, tmp_path, monkeypatch):
+    model, processor = loaded
+    with mmkv.stream(model, processor, store=f"disk:{tmp_path / 'memory'}", window=100, fps=2.0) as stream:
+        stream.watch(video.frames[:16])
+        before = stream.bytes(), stream.answer(QUESTION).text
+        append = stream.store.append
+
+        def full(*args):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(stream.store, "append", full)
+        with pytest.raises(OSError, match="No space"):
+            stream.watch(video.frames[16:])
+        monkeypatch.setattr(stream.store, "append", append)
+        assert (stream.bytes(), stream.answer(QUESTION).text) == before
+        assert stream.frames == 8
