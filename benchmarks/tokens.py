@@ -31,7 +31,7 @@ from rich.table import Table
 from shapes import LARGE, MODELS, SMALL, make, tower_of, video
 
 import mmkv
-from mmkv._tower import TowerHooks
+from mmkv._vision.tower import TowerHooks
 from mmkv.models.timm_vit import TimmViT
 from mmkv.parts.flops import decoder_macs, vit_macs
 from mmkv.tokens import DiffRate, MustDrop, PruMerge, ToMe, VisionZip

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from common import environment, save
 
-from mmkv._tower import TowerHooks
-from mmkv._train_data import Batches, digit_canvases
-from mmkv._train_rates import gflops, train_rates
+from mmkv._vision.tower import TowerHooks
+from mmkv._vision.train_data import Batches, digit_canvases
+from mmkv._vision.train_rates import gflops, train_rates
 from mmkv.models.tower import timm_tower
 from mmkv.tokens import DiffRate, ToMe
 

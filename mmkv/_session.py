@@ -7,9 +7,9 @@ import inspect
 import torch
 
 from mmkv._chunks import Pieces
-from mmkv._dropping import Dropping
-from mmkv._looking import Looking
 from mmkv._report import Meter, Report
+from mmkv._vision.dropping import Dropping
+from mmkv._vision.looking import Looking
 from mmkv.cache import NAME, Cache, CacheMethod, adopt, register, settle_jointly, state_of
 from mmkv.layout import TokenLayout
 from mmkv.models import Adapter

@@ -9,10 +9,10 @@ import torch
 
 from mmkv import compat
 from mmkv._chunks import check_chunk
-from mmkv._looking import facts_of
 from mmkv._presets import preset as find_preset
 from mmkv._session import Session
-from mmkv._vit import VitSession, check_vit
+from mmkv._vision.looking import facts_of
+from mmkv._vision.vit import VitSession, check_vit
 from mmkv.cache import CacheMethod, pipeline
 from mmkv.models import adapter_for
 from mmkv.models.timm_vit import TimmViT, is_timm_vit

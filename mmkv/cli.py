@@ -335,7 +335,8 @@ def train_rates(
     with _one_line(debug):
         import torch
 
-        from mmkv import _train_data, _train_rates
+        from mmkv._vision import train_data
+        from mmkv._vision import train_rates as rating
 
         # what can be told before the model is loaded
         if not Path(out_path).absolute().parent.is_dir():
@@ -343,10 +344,10 @@ def train_rates(
         if target <= 0:
             raise ValueError(f"--target {target:g}: possible are GFLOPs above 0, below what the whole model costs")
         if images != "digits" and not any(path.is_file() for path in Path(images).rglob("*")):
-            raise ValueError(f"{images} holds no files; give a folder of images, or digits")
-        vit = _train_data.load_model(model, checkpoint, setting or [])
+            raise ValueError(f"{images} is no folder, or there are no images in it; give one, or digits")
+        vit = train_data.load_model(model, checkpoint, setting or [])
         vit.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        loader = _train_data.loader(images, vit, batch)
+        loader = train_data.loader(images, vit, batch)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
             task = progress.add_task("learning rates", total=epochs * len(loader))
@@ -355,10 +356,10 @@ def train_rates(
                 told = f"loss {facts['loss']:.4f}, {facts['gflops']:.4g} GFLOPs"
                 progress.update(task, completed=facts["step"], description=told)
 
-            rates = _train_rates.train_rates(
+            rates = rating.train_rates(
                 vit, loader, target, epochs, lr, granularity=granularity, loss=loss, progress=step
             )
-        cost, whole = _train_rates.costs(vit, rates)
+        cost, whole = rating.costs(vit, rates)
         rates.save(out_path, model=model, gflops=cost, gflops_dense=whole, images=images)
     table = Table("block", "kept behind pruning", "behind merging")
     for block, (pruned, merged) in enumerate(rates.kept(rates.tokens or 0)):

@@ -16,14 +16,14 @@ from PIL import Image
 from rich.console import Console
 
 from mmkv import cli
-from mmkv._dropping import Trace
 from mmkv._look import run
 from mmkv._look.film import panels
 from mmkv._look.page import page
 from mmkv._look.paint import DIM, EDGE, LINE, TINT, colour, paint
 from mmkv._look.stages import ALONE, DROPPED, NOWHERE, decoder_stages, tower_stage
 from mmkv._look.strip import Scene, chosen, shortened, strip
-from mmkv._tower import TowerState
+from mmkv._vision.dropping import Trace
+from mmkv._vision.tower import TowerState
 from mmkv.layout import VIDEO, TokenLayout
 from mmkv.models import tiny
 from mmkv.models.tiny import build

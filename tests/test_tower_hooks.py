@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from mmkv._tower import TowerHooks
+from mmkv._vision.tower import TowerHooks
 from mmkv.models.tower import encoder_tower, timm_tower
 from mmkv.parts.matching import Grouping
 from mmkv.tokens import DiffRate, ToMe

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from mmkv import _train_data, cli
-from mmkv._train_rates import costs
+from mmkv import cli
+from mmkv._vision import train_data
+from mmkv._vision.train_rates import costs
 from mmkv.tokens import DiffRate
 
 NAME = "vit_tiny_patch16_224"
@@ -66,7 +67,7 @@ def test_rates_of_a_folder(mmkv_command, checkpoint, folder, tmp_path, loss):
     assert code == 0, err
     rates, held = DiffRate.load(file), json.loads(file.read_text())
     assert (rates.tokens, len(rates.prune), held["model"]) == (17, 3, NAME)
-    model = _train_data.load_model(NAME, str(checkpoint), SETTINGS)
+    model = train_data.load_model(NAME, str(checkpoint), SETTINGS)
     assert (held["gflops"], held["gflops_dense"]) == pytest.approx(costs(model, rates))
     assert f"{held['gflops']:.4g} of {held['gflops_dense']:.4g} GFLOPs; written to {file}" in out
     assert "behind merging" in out
@@ -92,15 +93,17 @@ def test_what_a_person_can_get_wrong(mmkv_command, checkpoint, folder, change, m
 def test_folders_without_images(mmkv_command, checkpoint, tmp_path):
     given = options(checkpoint, "--target", 0.0009)
     (tmp_path / "empty").mkdir()
+    for folder in ("empty", "nowhere"):
+        assert "no folder, or there are no images in it" in mmkv_command(tmp_path / folder, *given)[2]
+    (tmp_path / "empty" / "notes.txt").write_text("no picture")
     assert "no images in" in mmkv_command(tmp_path / "empty", *given)[2]
-    assert "is no folder" in mmkv_command(tmp_path / "nowhere", *given)[2]
 
 
 def test_digits():
     pytest.importorskip("sklearn")
-    images, labels = _train_data.digit_canvases(64, 40, seed=1)
-    again, _ = _train_data.digit_canvases(64, 40, seed=1)
-    unseen, _ = _train_data.digit_canvases(64, 40, seed=1, train=False)
+    images, labels = train_data.digit_canvases(64, 40, seed=1)
+    again, _ = train_data.digit_canvases(64, 40, seed=1)
+    unseen, _ = train_data.digit_canvases(64, 40, seed=1, train=False)
     assert images.shape == (64, 3, 40, 40) and torch.equal(images, again) and not torch.equal(images, unseen)
     assert set(labels.tolist()) == set(range(10))
     assert 0.5 < float(images.std()) < 1.5
@@ -109,18 +112,18 @@ def test_digits():
 
 
 def test_batches_are_shuffled_and_whole():
-    batches = _train_data.Batches(torch.arange(10.0), torch.arange(10), 4)
+    batches = train_data.Batches(torch.arange(10.0), torch.arange(10), 4)
     first, second = ([labels.tolist() for _, labels in batches] for _ in range(2))
     assert len(batches) == len(first) == 2 and [len(part) for part in first] == [4, 4]
     assert first != second and len(set(sum(first, []))) == 8
     assert all(torch.equal(images, labels.float()) for images, labels in batches)
-    assert len(_train_data.Batches(torch.arange(3.0), torch.arange(3), 8)) == 1
+    assert len(train_data.Batches(torch.arange(3.0), torch.arange(3), 8)) == 1
 
 
 def test_files_without_classes(tmp_path):
     Image.new("L", (70, 60)).save(tmp_path / "a.png")
     model = timm.create_model(NAME, img_size=64, depth=1, embed_dim=32, num_heads=2)
-    (batch,) = _train_data.folder_loader(str(tmp_path), model, 8, workers=0)
+    (batch,) = train_data.folder_loader(str(tmp_path), model, 8, workers=0)
     assert batch[0].shape == (1, 3, 64, 64) and batch[1].tolist() == [0]
 
 
@@ -129,7 +132,7 @@ def test_files_without_classes(tmp_path):
     [
         (("digits", "--target", "-1"), "--target -1"),
         (("digits", "--target", "1", "--out", "/no/such/rates.json"), "no such folder"),
-        (("EMPTY", "--target", "1"), "holds no files"),
+        (("EMPTY", "--target", "1"), "no images in it"),
     ],
 )
 def test_what_cannot_work_is_said_before_the_model_is_loaded(tmp_path, words, said):

@@ -14,7 +14,7 @@ from mmkv._look.film import panels, write_film
 from mmkv._look.page import page
 from mmkv._look.stages import Stage, decoder_stages, tower_stage
 from mmkv._look.strip import Scene, strip
-from mmkv._tower import TowerHooks
+from mmkv._vision.tower import TowerHooks
 from mmkv.parts.registry import METHODS, nearest
 from mmkv.tokens.at_ratio import BY_THRESHOLD, RATED, at_ratio
 from mmkv.tokens.method import TokenMethod

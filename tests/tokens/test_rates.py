@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 
-from mmkv._rate_hooks import RateHooks
-from mmkv._tower import TowerHooks
-from mmkv._train_rates import gflops, train_rates
+from mmkv._vision.rate_hooks import RateHooks
+from mmkv._vision.tower import TowerHooks
+from mmkv._vision.train_rates import gflops, train_rates
 from mmkv.models.tower import encoder_tower, timm_tower
 from mmkv.parts.flops import vit_macs
 from mmkv.tokens import DiffRate
@@ -52,7 +52,9 @@ def test_rate_by_loops(patches, granularity, prefix):
     )
     assert float(rate.kept().detach()) == math.ceil(float(kept.detach()) - 1e-4) + prefix
     torch.testing.assert_close(rate.survival(tokens).double(), alive, atol=1e-6, rtol=0)
-    assert rate.mask(tokens).detach().round().tolist() == [float(t < float(rate.kept().detach())) for t in range(tokens)]
+    assert rate.mask(tokens).detach().round().tolist() == [
+        float(t < float(rate.kept().detach())) for t in range(tokens)
+    ]
     weights = torch.randn(tokens)
     (rate.mask(tokens) @ weights + 3 * rate.kept()).backward()
     (alive @ weights.double() + 3 * kept).backward()

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from mmkv._media import Media
+from mmkv._vision.media import Media
 from mmkv.cache import KVLayer
 from mmkv.cache.fill import Fill
 from mmkv.cache.mask import LazyMask

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mmkv._tower import TowerHooks
-from mmkv._tower_packed import PackedHooks
+from mmkv._vision.tower import TowerHooks
+from mmkv._vision.tower_packed import PackedHooks
 from mmkv.models import Adapter
 from mmkv.models.qwen_tower import PackedTower
 from mmkv.tokens.method import TokenMethod, TowerFacts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mmkv._tower import TowerHooks
+from mmkv._vision.tower import TowerHooks
 from mmkv.models.timm_vit import TimmViT
 from mmkv.tokens.method import TokenMethod, overrides
 

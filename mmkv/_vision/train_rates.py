@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 
-from mmkv._rate_hooks import RateHooks
+from mmkv._vision.rate_hooks import RateHooks
 from mmkv.models.tower import Tower, timm_tower
 from mmkv.parts.flops import vit_macs
 from mmkv.tokens.diffrate import DiffRate
