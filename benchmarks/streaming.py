@@ -191,13 +191,11 @@ def plot(result: dict, path: str) -> None:
         left.errorbar(
             sizes, [r["accuracy"] for r in rows], [r["error"] for r in rows], marker="o", capsize=3, label=way
         )
-        if "int" not in way and "groups" not in way:
-            right.plot(sizes, [r["first_token"] * 1000 for r in rows], marker="o", label=way)
+        right.plot(sizes, [r["first_token"] * 1000 for r in rows], marker="o", label=way)
     left.axhline(1 / 8, color="grey", linestyle=":", label="guessing")
     left.set(xscale="log", xlabel="frames watched", ylabel="accuracy", ylim=(0, 1.02), title="events found again")
     right.set(xscale="log", xlabel="frames watched", ylabel="ms to the first token", title="a question")
-    left.legend(fontsize=8)
-    right.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(Path(path).with_suffix(".png"), dpi=110)
 
 
