@@ -378,7 +378,7 @@ def demo(
         int | None, typer.Option(min=1, help="Tokens a frame sees while written [512 bundled, else 15000].")
     ] = None,
     retrieve: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Frames brought back per layer [16 bundled, else 64].")
+        int | None, typer.Option(min=1, max=1024, help="Frames brought back per layer [48 bundled, else 64].")
     ] = None,
     store: Annotated[str, typer.Option(help="Where memories are kept first: ram or disk:PATH.")] = "ram",
     fps: Annotated[float, typer.Option(help="Pictures a second that are watched.")] = 2.0,
@@ -402,7 +402,7 @@ def demo(
         bundled = model == _inputs.TINY
         limits = Limits(
             minutes=max_minutes, megabytes=max_mb, users=max_users, gibibytes=max_gib, fps=fps, store=store,
-            window=window or (512 if bundled else 15000), retrieve=retrieve or (16 if bundled else 64),
+            window=window or (512 if bundled else 15000), retrieve=retrieve or (48 if bundled else 64),
         )  # fmt: skip
         if not debug:
             _quiet()

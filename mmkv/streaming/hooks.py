@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 from mmkv.cache import NAME, register
 from mmkv.models import Adapter
 from mmkv.streaming.cache import StreamCache
 from mmkv.streaming.rotary import unrotated
+
+
+_LOCK = threading.Lock()  # streams of several users open and close in threads of their own
 
 
 class StreamHooks:
@@ -29,22 +34,23 @@ class StreamHooks:
         Raises:
             ValueError: `mmkv.wrap` is at work on the model.
         """
-        found = getattr(adapter.model, "_mmkv", None)
-        if found is None:
-            found = cls(adapter)
-            found.attach()
-        elif not isinstance(found, cls):
-            raise ValueError(
-                f"this {type(adapter.model).__name__} is wrapped; call mmkv.unwrap(model) first (a stream packs by packed=...)"
-            )
-        found.streams += 1
-        return found
+        with _LOCK:
+            found = getattr(adapter.model, "_mmkv", None)
+            if found is None:
+                found = cls(adapter)
+                found.attach()
+            elif not isinstance(found, cls):
+                name = type(adapter.model).__name__
+                raise ValueError(f"this {name} is wrapped; call mmkv.unwrap(model) first (a stream packs by packed=...)")
+            found.streams += 1
+            return found
 
     def release(self) -> None:
         """A stream is closed; the last one takes the hooks along."""
-        self.streams -= 1
-        if self.streams == 0:
-            self.detach()
+        with _LOCK:
+            self.streams -= 1
+            if self.streams == 0:
+                self.detach()
 
     def attach(self) -> None:
         """Plug in. Undone by `detach`."""
