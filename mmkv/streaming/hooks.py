@@ -9,7 +9,6 @@ from mmkv.models import Adapter
 from mmkv.streaming.cache import StreamCache
 from mmkv.streaming.rotary import unrotated
 
-
 _LOCK = threading.Lock()  # streams of several users open and close in threads of their own
 
 
@@ -41,7 +40,9 @@ class StreamHooks:
                 found.attach()
             elif not isinstance(found, cls):
                 name = type(adapter.model).__name__
-                raise ValueError(f"this {name} is wrapped; call mmkv.unwrap(model) first (a stream packs by packed=...)")
+                raise ValueError(
+                    f"this {name} is wrapped; call mmkv.unwrap(model) first (a stream packs by packed=...)"
+                )
             found.streams += 1
             return found
 
