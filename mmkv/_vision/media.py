@@ -27,22 +27,29 @@ class Media:
             tuple[Any, dict]
         ] = []  # by run of the vision tower: weak reference to its output, what was noted
         self._runs = 0  # how many of them were there before the forward in progress
+        self._reading = False  # a forward of the whole model is in progress
         self._notes: list[dict[str, torch.Tensor]] = []  # by batch element: fp32 [T] by name
 
     def begin(self) -> None:
         """A forward of the whole model begins."""
-        self._noted = [(ref, notes) for ref, notes in self._noted if ref() is not None]
-        self._runs = len(self._noted)
+        self._clear()
+        self._reading = True
 
     def forget(self) -> None:
         """The forward has ended. Notes stay as long as the features that they belong to."""
-        self.keep, self._notes = None, []
-        self.begin()
+        self.keep, self._notes, self._reading = None, [], False
+        self._clear()
+
+    def _clear(self) -> None:
+        """Let go of what was noted of features that nobody holds any more."""
+        self._noted = [(ref, notes) for ref, notes in self._noted if ref() is not None]
+        self._runs = len(self._noted)
 
     def noted_in_tower(self, output, notes: dict) -> None:
         """The vision tower has run; what was noted waits for the prompt that holds its output."""
-        self._noted = [(ref, kept) for ref, kept in self._noted if ref() is not None]
-        self._noted.append((weakref.ref(output), notes))
+        if not self._reading:  # in a forward, notes wait for the prompt even where the model has let go of the output
+            self._clear()
+        self._noted.append((weakref.ref(output[0] if isinstance(output, tuple) else output), notes))
 
     def notes_of(self, row: int, columns: torch.Tensor) -> dict[str, torch.Tensor]:
         """What was noted of some tokens of a batch element, fp32 `[n]` by name."""
