@@ -15,18 +15,15 @@ a change to what methods share.
 from __future__ import annotations
 
 import argparse
-import ast
-import hashlib
-import inspect
 import json
 import time
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
+import measuring
 import torch
-from asking import SEED, Replay, answers, frames_of, prefill, prompt, questions_of, score
+from asking import Replay, answers, frames_of, prefill, prompt, questions_of, score
 from common import environment, save
+from measuring import Lines, Log, code_of
 from points import DENSE, Point, alone, points
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -40,51 +37,15 @@ PROTOCOLS = ("unknown", "known")
 WITHIN = 2.0  # points that a mix may lose
 TRIES = 4  # mixes of one family whose eviction is measured alone at their size
 EFFORT = dict(unknown=1, known=4)  # of a setting on a video: a cache for the video, or one for each question
-QUIET = 30  # seconds between lines of progress where there is no terminal
 RESULT = "benchmarks/results/accuracy-pareto.json"
 
 
-@dataclass(frozen=True)
-class Ground:
-    """On what is measured: which videos and questions, and the arithmetic."""
-
-    split: str = "easy"
-    frames: int = 128
-    questions: int = 8  # per video, at most
-    dtype: str = "bfloat16"
+class Ground(measuring.Ground):
+    """On what is measured, and what a measurement is called."""
 
     def key(self, point: Point, protocol: str, video: int) -> str:
-        where = f"{protocol} {self.split} {SEED} {self.frames} {self.questions} {self.dtype} video {video}"
-        return f"{where}: {list(point.cache)} {[code_of(type(method)) for method in point.cache]}"
-
-
-@cache
-def code_of(kind: type, root: type = CacheMethod) -> str:
-    """Digest of the code of a method and of those it inherits from, below `root`; comments and docstrings left out."""
-    found = hashlib.sha1()
-    for base in kind.__mro__:
-        if issubclass(base, root) and base is not root:
-            tree = ast.parse(inspect.getsource(inspect.getmodule(base)))
-            for node in ast.walk(tree):
-                if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module) and ast.get_docstring(node):
-                    node.body = node.body[1:]
-            found.update(ast.dump(tree).encode())
-    return found.hexdigest()[:8]
-
-
-class Log:
-    """Measurements by key, in a file that only grows."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.rows = {row["key"]: row for row in map(json.loads, lines)}
-
-    def add(self, row: dict) -> None:
-        self.rows[row["key"]] = row
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        code = [code_of(type(method), CacheMethod) for method in point.cache]
+        return f"{self.where(protocol, video)}: {list(point.cache)} {code}"
 
 
 class Bench:
@@ -104,18 +65,14 @@ class Bench:
         jobs = [(protocol, video, self.missing(which, protocol, video)) for protocol, video in jobs]
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with Progress(*columns, speed_estimate_period=300) as progress:
-            printed = time.monotonic()
             bar = progress.add_task("", total=sum(EFFORT[protocol] * len(todo) for protocol, _, todo in jobs))
+            lines = Lines(progress, bar)
             for protocol, video, todo in jobs:
                 if todo:
                     progress.update(bar, description=f"question {protocol}, video {video + 1} of {videos.stop}")
                     for _ in self._video(todo, protocol, video):
                         progress.advance(bar, EFFORT[protocol])
-                    if not progress.console.is_terminal and time.monotonic() - printed > QUIET:
-                        printed = time.monotonic()
-                        task = progress.tasks[bar]
-                        left = "?" if task.time_remaining is None else f"{task.time_remaining / 60:.0f} min left"
-                        print(f"{task.description}: {task.percentage:.0f} %, {left}", flush=True)
+                    lines.tell()
 
     def _video(self, todo: list[Point], protocol: str, video: int):
         g = self.ground
@@ -297,10 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--videos", type=int, default=38)
     parser.add_argument("--fresh", type=int, default=60, help="further videos, for the mixes that were found")
-    parser.add_argument("--questions", type=int, default=Ground.questions, help="per video, at most")
-    parser.add_argument("--split", default=Ground.split)
-    parser.add_argument("--frames", type=int, default=Ground.frames)
-    parser.add_argument("--dtype", default=Ground.dtype)
+    Ground.arguments(parser)
     parser.add_argument("--plot", action="store_true", help="table and plot of the result file, nothing is measured")
     parser.add_argument("--log", type=Path, default=Path("outputs/pareto.jsonl"))
     parser.add_argument("--out", default=RESULT)
@@ -318,7 +272,7 @@ def main() -> None:
 
 
 def run(options) -> dict:
-    ground = Ground(options.split, options.frames, options.questions, options.dtype)
+    ground = Ground.of(options)
     bench = Bench(ground, Log(options.log))
     which, videos = points(bench.model), range(options.videos)
     bench.measure(which, PROTOCOLS, videos)

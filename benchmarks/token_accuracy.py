@@ -16,18 +16,17 @@ a change to what methods share.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+import measuring
 import torch
-from asking import NEW_TOKENS, SEED, Prompt, answers, frames_of, prefill, prompt, questions_of, score
+from asking import NEW_TOKENS, Prompt, answers, frames_of, prefill, prompt, questions_of, score
 from common import environment, save
-from pareto import QUIET, Log, code_of
+from measuring import Lines, Log, code_of
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -43,21 +42,13 @@ HELD = "held"
 RESULT = "benchmarks/results/token-accuracy.json"
 
 
-@dataclass(frozen=True)
-class Ground:
-    """On what is measured: which videos and questions, and the arithmetic."""
-
-    split: str = "easy"
-    frames: int = 128
-    questions: int = 8  # per video, at most
-    dtype: str = "bfloat16"
+class Ground(measuring.Ground):
+    """On what is measured, and what a measurement is called."""
 
     def key(self, point: TokenPoint, protocol: str, video: int) -> str:
-        where = f"{protocol} {self.split} {SEED} {self.frames} {self.questions} {self.dtype} video {video}"
-        code = [code_of(type(m), TokenMethod) for m in point.tokens] + [
-            code_of(type(m), CacheMethod) for m in point.cache
-        ]
-        return f"{where}: {list(point.tokens)} {list(point.cache)} {code}"
+        code = [code_of(type(m), TokenMethod) for m in point.tokens]
+        code += [code_of(type(m), CacheMethod) for m in point.cache]
+        return f"{self.where(protocol, video)}: {list(point.tokens)} {list(point.cache)} {code}"
 
 
 @contextmanager
@@ -68,7 +59,6 @@ def one_video(model, rows: int) -> Iterator[None]:
 
     def once(pixel_values_videos, video_grid_thw, **options):
         found = stock(pixel_values_videos[: len(pixel_values_videos) // rows], video_grid_thw[:1], **options)
-        found = copy.copy(found)
         found.pooler_output = found.pooler_output * rows
         return found
 
@@ -101,8 +91,9 @@ class Bench:
         todo = [(v, p, how) for v in videos for p, how in jobs if self.ground.key(p, how, v) not in self.log.rows]
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with Progress(*columns, speed_estimate_period=300) as progress:
-            printed, seen = time.monotonic(), (-1, "")
+            seen = (-1, "")
             bar = progress.add_task("", total=len(todo))
+            lines = Lines(progress, bar)
             for video, point, protocol in sorted(todo, key=lambda job: (job[0], job[2])):
                 if (video, protocol) != seen:
                     seen, ready = (video, protocol), self._prompt(video, protocol)
@@ -112,10 +103,7 @@ class Bench:
                 row |= dict(seconds=time.perf_counter() - begun, commit=self.commit)
                 self.log.add(dict(key=self.ground.key(point, protocol, video)) | row)
                 progress.advance(bar)
-                if not progress.console.is_terminal and time.monotonic() - printed > QUIET:
-                    printed, task = time.monotonic(), progress.tasks[bar]
-                    left = "?" if task.time_remaining is None else f"{task.time_remaining / 60:.0f} min left"
-                    print(f"{task.description}: {task.percentage:.0f} %, {left}", flush=True)
+                lines.tell()
 
     def _prompt(self, video: int, protocol: str) -> Prompt:
         g = self.ground
@@ -207,7 +195,7 @@ def protocols(point: TokenPoint) -> tuple[str, ...]:
 
 
 def run(options) -> dict:
-    ground = Ground(options.split, options.frames, options.questions, options.dtype)
+    ground = Ground.of(options)
     bench, videos = Bench(ground, Log(options.log)), range(options.videos)
     jobs = [(point, how) for point in settings() for how in protocols(point)]
     bench.measure(jobs + [(point, HELD) for point in mixes()], videos)
@@ -276,10 +264,7 @@ def show(result: dict) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--videos", type=int, default=38)
-    parser.add_argument("--questions", type=int, default=Ground.questions, help="per video, at most")
-    parser.add_argument("--split", default=Ground.split)
-    parser.add_argument("--frames", type=int, default=Ground.frames)
-    parser.add_argument("--dtype", default=Ground.dtype)
+    Ground.arguments(parser)
     parser.add_argument("--plot", action="store_true", help="tables and plot of the result file, nothing is measured")
     parser.add_argument("--log", type=Path, default=Path("outputs/token-accuracy.jsonl"))
     parser.add_argument("--out", default=RESULT)

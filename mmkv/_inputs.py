@@ -18,13 +18,19 @@ class UserError(Exception):
     """Something that the person at the keyboard can put right; the message says how."""
 
 
+def clip(path: str, fps: float | None = None) -> Video:
+    """Open a video at `fps`; by default at 2 frames a second, or at its own rate where that is less."""
+    if fps is not None:
+        return open_video(path, fps)
+    video = open_video(path)
+    return open_video(path, fps=DEFAULT_FPS) if video.fps > DEFAULT_FPS * 1.01 else video
+
+
 def sample(path: str, fps: float | None = None, frames: int | None = None) -> Video:
-    """Open a video at `fps` or as `frames`; by default at 2 frames a second or its own rate, at most 128 frames."""
+    """Open a video at `fps` or as `frames`; by default as `clip`, at most 128 frames."""
     if fps is not None or frames is not None:
         return open_video(path, fps, frames)
-    video = open_video(path)
-    if video.fps > DEFAULT_FPS * 1.01:
-        video = open_video(path, fps=DEFAULT_FPS)
+    video = clip(path)
     return video if len(video) <= DEFAULT_FRAMES else open_video(path, frames=DEFAULT_FRAMES)
 
 

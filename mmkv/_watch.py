@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmkv._inputs import DEFAULT_FPS
 from mmkv.streaming.answer import Answer
 from mmkv.streaming.stream import stream
-from mmkv.video import Video, open_video
+from mmkv.video import Video
 
 MOST_AT_A_TIME = 16  # pictures that are decoded before they are watched
 
@@ -20,14 +19,6 @@ def content_of(path: Path, fps: float) -> str:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
     return f"{digest} at {fps:g} a second"
-
-
-def open_clip(path: str, fps: float | None) -> Video:
-    """A video at `fps` pictures a second; by default at 2, or at its own rate where that is less."""
-    if fps is not None:
-        return open_video(path, fps)
-    clip = open_video(path)
-    return open_video(path, DEFAULT_FPS) if clip.fps > DEFAULT_FPS * 1.01 else clip
 
 
 def watch(

@@ -154,14 +154,14 @@ def watch(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Encode a video once into a folder; `mmkv ask --store` answers from it. Goes on where it was stopped."""
-    from mmkv import _watch
+    from mmkv import _inputs, _watch
 
     with _one_line(debug):
         if not debug:
             _quiet()
         if not store.startswith("disk:"):
             raise ValueError(f"--store {store}: possible is disk:FOLDER")
-        clip = _watch.open_clip(video, fps)
+        clip = _inputs.clip(video, fps)
         vlm, processor = _load(model, device, dtype)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:

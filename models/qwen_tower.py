@@ -17,11 +17,11 @@ class PackedTower:
         config: its configuration.
     """
 
+    has_cls, prefix = False, 0
+
     def __init__(self, module: torch.nn.Module, config):
         self.module, self.config = module, config
         self.blocks = list(module.blocks)
-
-    has_cls, prefix, merges = False, 0, False
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -287,12 +287,7 @@ class Dropping:
                 now = now[now >= 0] + run.first
                 into[other, now] = now
             self.trace.into[index] = into
-        target = origin.masked_fill(~keep, -1)
-        if choice.into is not None:
-            went = choice.into.cpu()
-            target = torch.where(went >= 0, origin[went.clamp(min=0)], -1)
-            target = torch.where(keep, origin, target)
-        into[row, origin] = target
+        into[row, origin] = torch.where(keep, origin, choice.went(origin))
 
     def _note(self, index: int, run: Run) -> None:
         """Enter into the trace which tokens go on into layer `index`."""

@@ -22,7 +22,6 @@ class Looking:
 
     def __init__(self, adapter: Adapter, methods: tuple[TokenMethod, ...], done: Callable):
         self.tower = adapter.vision_tower()
-        self.facts = facts_of(adapter, self.tower)
         self.done, self._last = done, None
         self.hooks: TowerHooks | PackedHooks | None = None
         if self.tower is None or not any(method.tower_blocks(len(self.tower)) for method in methods):

@@ -23,9 +23,8 @@ class Media:
     def __init__(self, adapter: Adapter, methods: tuple[TokenMethod, ...]):
         self.adapter, self.methods = adapter, methods
         self.keep: torch.Tensor | None = None  # bool [B, T], tokens that enter the decoder; None for all
-        self._noted: list[
-            tuple[Any, dict]
-        ] = []  # by run of the vision tower: weak reference to its output, what was noted
+        # by run of the vision tower: weak reference to its output, what was noted
+        self._noted: list[tuple[Any, dict]] = []
         self._runs = 0  # how many of them were there before the forward in progress
         self._reading = False  # a forward of the whole model is in progress
         self._notes: list[dict[str, torch.Tensor]] = []  # by batch element: fp32 [T] by name
@@ -76,16 +75,17 @@ class Media:
             their embeddings, merged ones in place, and int64 `[B, T]`: the token that each became part of, -1 where dropped.
         """
         self._length, self._notes = len(chunk), [{} for _ in range(chunk.batch)]
-        self._bring(chunk, inputs.get("mm_encoder_outputs") or {})
+        media = _media(chunk)
+        self._bring(chunk, media, inputs.get("mm_encoder_outputs") or {})
         into = torch.arange(len(chunk)).repeat(chunk.batch, 1)
         keep = torch.ones(chunk.batch, len(chunk), dtype=torch.bool)
-        for row, columns in _media(chunk):
+        for row, columns in media:
             text = embeds[row, (chunk.valid[row] & ~chunk.visual[row]).to(embeds.device)]
             for method in self.methods:
                 at = columns.to(embeds.device)
                 vision = Vision(
                     features=embeds[row, at],
-                    layout=chunk.rows(torch.tensor([row])).take(columns),
+                    layout=_layout(chunk, row, columns),
                     text=text,
                     notes=self.notes_of(row, columns),
                 )
@@ -96,36 +96,30 @@ class Media:
                     embeds = embeds.clone()
                     embeds[row, at] = choice.features.to(embeds.dtype)
                 self.add_notes(row, columns, choice.notes)
-                went = torch.where(choice.keep, torch.arange(len(columns), device=choice.keep.device), -1)
-                went = (went if choice.into is None else choice.into).cpu()
-                target = torch.where(went >= 0, columns[went.clamp(min=0)], -1)
-                moved = into[row].clone()
-                for_those = torch.isin(into[row], columns)
-                lookup = torch.full((len(chunk),), -1, dtype=torch.int64)
-                lookup[columns] = target
-                moved[for_those] = lookup[into[row][for_those]]
-                into[row] = moved
+                moved = torch.arange(len(chunk))
+                moved[columns] = choice.went(columns)
+                into[row] = torch.where(into[row] >= 0, moved[into[row].clamp(min=0)], -1)
                 kept = choice.keep.cpu()
                 keep[row, columns[~kept]] = False
                 columns = columns[kept]
         self.keep = None if bool(keep.all()) else keep
         return embeds, into
 
-    def _bring(self, chunk: TokenLayout, features: dict) -> None:
+    def _bring(self, chunk: TokenLayout, media: list, features: dict) -> None:
         """Bring what was noted in the vision tower to the decoder's tokens; nothing where features came from elsewhere."""
         runs = [notes for _, notes in self._noted[self._runs :]]  # of this very forward, images first
         for kind in (IMAGE, VIDEO):
-            if not bool((chunk.modality == kind).any()):
+            mine = [(row, columns) for row, columns in media if int(chunk.modality[row, columns[0]]) == kind]
+            if not mine:
                 continue
             given = features.get("image" if kind == IMAGE else "video")
             if given is None:
                 noted = runs.pop(0) if runs else {}
             else:  # encoded before, by `generate` or by a caller
                 noted = next((notes for ref, notes in self._noted if ref() is given), {})
-            media = [(row, columns) for row, columns in _media(chunk) if int(chunk.modality[row, columns[0]]) == kind]
             for name, values in noted.items():
-                for (row, columns), mine in zip(media, self._of_media(values, kind, chunk, media)):
-                    self.add_notes(row, columns, {name: mine})
+                for (row, columns), part in zip(mine, self._of_media(values, kind, chunk, mine)):
+                    self.add_notes(row, columns, {name: part})
 
     def _of_media(self, values, kind: int, chunk: TokenLayout, media: list) -> list[torch.Tensor]:
         """Values fp32 `[n]` of each medium, also where `generate` has repeated batch elements for beams or several answers.
@@ -138,11 +132,7 @@ class Media:
             groups = [of_row[i : i + times] for i in range(0, chunk.batch, times)]
             if any(list(map(len, row)) != list(map(len, group[0])) for group in groups for row in group):
                 continue
-            layouts = [
-                chunk.rows(torch.tensor([i * times])).take(columns)
-                for i, group in enumerate(groups)
-                for columns in group[0]
-            ]
+            layouts = [_layout(chunk, i * times, columns) for i, group in enumerate(groups) for columns in group[0]]
             parts = self.adapter.notes_of_media(values, kind, layouts)
             if parts is None:
                 continue
@@ -155,6 +145,11 @@ class Media:
             f"what the vision tower saw last are not the {len(media)} images or videos of this prompt; pass pixels and prompt "
             "in one call"
         )
+
+
+def _layout(chunk: TokenLayout, row: int, columns: torch.Tensor) -> TokenLayout:
+    """Of some tokens of a batch element, a batch of one."""
+    return chunk.rows(torch.tensor([row])).take(columns)
 
 
 def _media(chunk: TokenLayout) -> list[tuple[int, torch.Tensor]]:

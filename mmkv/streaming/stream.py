@@ -11,7 +11,7 @@ import torch
 from mmkv.models import adapter_for
 from mmkv.parts.storage import storage_bytes
 from mmkv.streaming.answer import Answer, Reply, Retrieved, clock
-from mmkv.streaming.cache import StreamCache
+from mmkv.streaming.cache import Pass, StreamCache
 from mmkv.streaming.choosing import FIXED, SIMILARITIES, best, fixed, representatives, scores
 from mmkv.streaming.hooks import StreamHooks
 from mmkv.streaming.identity import fingerprint, preprocessing, told
@@ -65,14 +65,8 @@ class Stream:
             raise ValueError(f"group={group} with retrieve={retrieve}; a group has to fit into what is brought back")
         self.model, self.processor, self.adapter = model, processor, adapter_for(model)
         self.reader = self.adapter.frames_reader(processor)
-        self.window, self.retrieve, self.by, self.group, self.fps, self.encode = (
-            window,
-            retrieve,
-            by,
-            group,
-            fps,
-            encode,
-        )
+        self.window, self.retrieve, self.by, self.group = window, retrieve, by, group
+        self.fps, self.encode = fps, encode
         self.rotary = Rotary(self.adapter)
         self._store_at, self._packed, self._resume, self._video, self.mode = store, packed, resume, video, mode
         self._layers = len(self.adapter.text_model.layers)
@@ -216,8 +210,7 @@ class Stream:
             )
         self._writing = Writing(self.rotary, self._layers, self.window)
         try:
-            embeds = self.adapter.text_model.get_input_embeddings()(init.to(self.model.device))[None]
-            self._forward(embeds)
+            self._forward(self._embeds(init))
             self._writing.positions = positions
             self.store = self._stored(positions, init)
         except BaseException:
@@ -279,16 +272,22 @@ class Stream:
 
     def _forward(self, embeds: torch.Tensor) -> None:
         """Run embeddings `[1, T, C]` through the decoder, which writes."""
-        length = embeds.shape[1]
-        ids = torch.arange(length, device=embeds.device).expand(self.adapter.axes, 1, -1)  # nothing is rotated by them
-        ids = ids if self.adapter.axes > 1 else ids[0]
+        self._decode(embeds, self._writing)
+        self._writing.seen += embeds.shape[1]
+
+    def _decode(self, embeds: torch.Tensor, way: Pass) -> None:
+        """Run embeddings `[1, T, C]` through the decoder, for what a pass makes of them."""
+        ids = torch.arange(embeds.shape[1], device=embeds.device).expand(self.adapter.axes, 1, -1)
         self.adapter.text_model(
             inputs_embeds=embeds,
-            position_ids=ids,
-            past_key_values=StreamCache(self._writing, self._layers),
+            position_ids=ids if self.adapter.axes > 1 else ids[0],  # nothing is rotated by them
+            past_key_values=StreamCache(way, self._layers),
             use_cache=True,
         )
-        self._writing.seen += length
+
+    def _embeds(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings `[1, T, C]` of text."""
+        return self.adapter.text_model.get_input_embeddings()(ids.to(self.model.device))[None]
 
     @torch.no_grad()
     def _answer(self, question: str, ids: torch.Tensor, prompt: torch.Tensor, options: dict, put) -> Answer:
@@ -297,12 +296,7 @@ class Stream:
             chooser = _Chooser(self, question)
             positions = self._writing.positions
             retrieving = Retrieving(self.rotary, positions, chooser.bring, self._writing.init)
-            embeds = self.adapter.text_model.get_input_embeddings()(ids.to(self.model.device))[None]
-            where = torch.arange(embeds.shape[1], device=embeds.device).expand(self.adapter.axes, 1, -1)
-            self.adapter.text_model(
-                inputs_embeds=embeds, position_ids=where if self.adapter.axes > 1 else where[0],
-                past_key_values=StreamCache(retrieving, self._layers), use_cache=True,
-            )  # fmt: skip
+            self._decode(self._embeds(ids), retrieving)
             held = self.bytes()
         seconds = {"retrieve": clock() - begun}
         answering = Answering(self.rotary, positions, retrieving.contexts, [len(f) for f in retrieving.frames])

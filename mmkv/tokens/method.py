@@ -111,6 +111,17 @@ class Choice:
     features: torch.Tensor | None = None
     notes: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    def went(self, names: torch.Tensor) -> torch.Tensor:
+        """int64 `[n]` on the CPU: the name of the token that each is part of now, -1 where it was dropped.
+
+        Args:
+            names: int64 `[n]` on the CPU, by what the caller calls the tokens.
+        """
+        if self.into is None:
+            return names.masked_fill(~self.keep.cpu(), -1)
+        into = self.into.cpu()
+        return torch.where(into >= 0, names[into.clamp(min=0)], -1)
+
 
 @dataclass(eq=False)
 class DecoderView:
