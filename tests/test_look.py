@@ -22,8 +22,8 @@ from mmkv._look.page import page
 from mmkv._look.paint import DIM, EDGE, LINE, TINT, colour, paint
 from mmkv._look.stages import ALONE, DROPPED, NOWHERE, decoder_stages, tower_stage
 from mmkv._look.strip import Scene, chosen, shortened, strip
-from mmkv._vision.dropping import Trace
 from mmkv._vision.tower import TowerState
+from mmkv._vision.trace import Trace
 from mmkv.layout import VIDEO, TokenLayout
 from mmkv.models import tiny
 from mmkv.models.tiny import build

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mmkv._vision.dropping import Trace
 from mmkv._vision.tower import TowerState
+from mmkv._vision.trace import Trace
 
 NOWHERE, DROPPED, ALONE = -2, -1, 0  # groups count from 1
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from mmkv._vision.media import Media
+from mmkv._vision.trace import Run, Trace
 from mmkv.cache import KVLayer
 from mmkv.cache.fill import Fill
 from mmkv.cache.mask import LazyMask
@@ -15,73 +16,7 @@ from mmkv.cache.stage import Stage
 from mmkv.kernels import Mass
 from mmkv.layout import TokenLayout
 from mmkv.models import Adapter
-from mmkv.tokens.method import Choice, DecoderView, TokenMethod, overrides
-
-
-@dataclass(eq=False)
-class Trace:
-    """What became of the tokens of the last prompt, for reports and pictures.
-
-    Args:
-        layout: of the tokens that came.
-        kept: by index of the first decoder layer that it holds for, int64 `[B, T']`: the tokens that entered it, -1 for padding.
-        into: by the same index, int64 `[B, T]`: the token that each was merged into there, itself where it was not, -1 where it
-            was dropped (there or before).
-        layers: decoder layers.
-    """
-
-    layout: TokenLayout
-    kept: dict[int, torch.Tensor] = field(default_factory=dict)
-    into: dict[int, torch.Tensor] = field(default_factory=dict)
-    layers: int = 0
-
-    def computed(self) -> list[int]:
-        """Tokens that each decoder layer computed, padding left out, summed over the batch."""
-        now, out = int(self.layout.valid.sum()), []
-        for layer in range(self.layers):
-            if layer in self.kept:
-                now = int((self.kept[layer] >= 0).sum())
-            out.append(now)
-        return out
-
-
-@dataclass(eq=False)
-class Run:
-    """One forward of the decoder.
-
-    Args:
-        cache: whose layers it fills.
-        chunk: layout of its T tokens.
-        first: index of the first of them in the prompt that `Media` knows.
-        embeds: `[B, T, C]`, None where the decoder embeds ids itself.
-        keep: bool `[B, T]`, tokens that enter the first layer, None for all.
-        columns: int64 `[B, T']`, the tokens that enter the next layer, -1 for padding; None for all.
-        deep: DeepStack features by layer, each `[n, C]` of the n visual tokens, and which of them each token is `[B, T]`.
-    """
-
-    cache: object
-    chunk: TokenLayout
-    first: int
-    embeds: torch.Tensor | None
-    keep: torch.Tensor | None
-    columns: torch.Tensor | None = None
-    deep: tuple[list[torch.Tensor], torch.Tensor] | None = None
-
-    @property
-    def new(self) -> int:
-        """Tokens that enter the next layer."""
-        return len(self.chunk) if self.columns is None else self.columns.shape[1]
-
-    def here(self) -> torch.Tensor:
-        """int64 `[B, T']`: the tokens that enter the next layer."""
-        if self.columns is not None:
-            return self.columns
-        return torch.arange(len(self.chunk)).expand(self.chunk.batch, -1)
-
-    def narrow(self, columns: torch.Tensor) -> None:
-        """Let `columns` int64 `[B, T'']` of the present tokens go on."""
-        here = self.here().gather(1, columns.clamp(min=0))
-        self.columns = here.masked_fill(columns < 0, -1)
+from mmkv.tokens.method import DecoderView, TokenMethod, overrides
 
 
 class Dropping:
@@ -202,7 +137,8 @@ class Dropping:
             at = columns.clamp(min=0).to(hidden.device)[..., None]
             hidden = hidden.gather(1, at.expand(-1, -1, hidden.shape[-1]))
             run.narrow(columns)
-            self._note(index, run)
+            if self.trace is not None:
+                self.trace.entered(index, run)
         stage = run.cache.layers[index].state
         if stage is stage.root:
             return None
@@ -255,7 +191,8 @@ class Dropping:
                 hidden = hidden.clone()
                 hidden[row, at] = choice.features.to(hidden.dtype)
             self.media.add_notes(row, origin + run.first, choice.notes)
-            self._merged(index, run, row, origin, choice, keep)
+            if self.trace is not None:
+                self.trace.went(index, run, row, origin, choice, keep)
             left = keep.nonzero()[:, 0]
             fill = _within(fill, left)
             there, origin = there[keep], origin[keep]
@@ -273,29 +210,6 @@ class Dropping:
             head_mean=lambda rows: fill.head_mean(rows.cpu() + fill.fresh)[:, fill.fresh :],
             notes=self.media.notes_of(row, origin + run.first),
         )
-
-    def _merged(self, index: int, run: Run, row: int, origin, choice: Choice, keep: torch.Tensor) -> None:
-        """Enter into the trace what a method did with the tokens `origin`."""
-        if self.trace is None:
-            return
-        origin = origin + run.first
-        into = self.trace.into.get(index)
-        if into is None:
-            into = torch.full_like(self.trace.layout.modality, -1, dtype=torch.int64)
-            for other in range(into.shape[0]):
-                now = run.here()[other]
-                now = now[now >= 0] + run.first
-                into[other, now] = now
-            self.trace.into[index] = into
-        into[row, origin] = torch.where(keep, origin, choice.went(origin))
-
-    def _note(self, index: int, run: Run) -> None:
-        """Enter into the trace which tokens go on into layer `index`."""
-        if self.trace is None:
-            return
-        columns = torch.where(run.columns >= 0, run.columns + run.first, -1)
-        before = self.trace.kept.get(index)
-        self.trace.kept[index] = columns if before is None or run.first == 0 else torch.cat([before, columns], 1)
 
     def _move(self, index: int, run: Run, columns: torch.Tensor | None) -> None:
         """Tell the state of layer `index` and those behind it what has come to them."""
