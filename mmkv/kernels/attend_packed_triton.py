@@ -1,7 +1,8 @@
 """Triton twin of `attend_packed`: flash decoding over packed codes.
 
-One program holds all query heads of a KV head (rows padded to 16 for `tl.dot`) and a run of slots; unpacking happens in
-registers. Runs are merged by logsumexp in a second kernel, so a batch of one fills the GPU as well.
+One program holds all query heads of a KV head and a run of slots; unpacking happens in registers. Runs are merged by logsumexp
+in a last kernel, so a batch of one fills the GPU as well. Queries of 16 bits over evenly spaced codes take the kernel of
+`attend_planes_triton`, everything else the general one here (rows padded to 16 for `tl.dot`).
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attend_planes_triton import attend_planes, fits, order
 from .blocks import Blocks, scale8_table
 from .table import Table
 from .triton_codes import classes, decode_levels, level_table, load_scale
 
 MAX_VALUE_CHANNELS = 512
+TILE_KEYS = 16384  # numbers of a block's keys that are unpacked at a time
 
 
 @triton.jit
@@ -265,11 +268,10 @@ def attend_packed_triton(
     group, dv = keys.spec.group, values.spec.channels
     if dv > MAX_VALUE_CHANNELS:
         raise ValueError(f"the Triton kernel holds value heads up to {MAX_VALUE_CHANNELS} channels, not {dv}")
+    by_planes = q.dtype != torch.float32 and fits(keys.spec, values.spec) and len(keys) > 0
     g = hq * b // rows if rows else 1
     n = b * hq * tq
-    bm = min(64, max(16, triton.next_power_of_2(g * tq)))
-    bv = max(16, triton.next_power_of_2(dv))
-    bt = min(32 if dv > 128 else 64, max(16, triton.next_power_of_2(group)))
+    bm = min(64, max(8 if by_planes else 16, triton.next_power_of_2(g * tq)))
     tiles = triton.cdiv(g * tq, bm)
     if splits is None:
         splits = _split_slots(rows * tiles, slots, q.device)
@@ -278,20 +280,50 @@ def attend_packed_triton(
     part = torch.empty(splits, n, dv, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(splits, n, dtype=torch.float32, device=q.device)
     if n:
-        (key_pointers, key_constants), (value_pointers, value_constants) = _pool(keys), _pool(values)
         at = table.block if q_positions is None else q_positions.to(torch.int64).contiguous()
-        _attend[(rows, tiles, splits)](
-            q, *q.stride(), *key_pointers, *value_pointers, scale8_table(q.device),
+        common = (
             table.block.contiguous(), table.count.contiguous(), table.start.contiguous(),
             table.block if table.positions is None else table.positions.contiguous(), at, part, part_lse,
-            scale, softcap or 1.0, window or 0, rows, rows // b, tq, slots, per_split,
-            g, group, dv, *key_constants, *value_constants,
-            softcap is not None, causal, window is not None, table.positions is not None,
-            bm, bt, 32, bv, "ieee" if q.dtype == torch.float32 else "tf32",
+            scale, softcap or 1.0, window or 0, rows, rows // b, tq, slots, per_split, g, group,
         )  # fmt: skip
+        masks = (softcap is not None, causal, window is not None, table.positions is not None)
+        launch = _launch_planes if by_planes else _launch_general
+        launch((rows, tiles, splits), q, keys, values, common, masks, bm)
     if splits == 1 or n == 0:
         return part[0].view(b, hq, tq, dv), part_lse[0].view(b, hq, tq)
     out = torch.empty(b, hq, tq, dv, dtype=torch.float32, device=q.device)
     lse = torch.empty(b, hq, tq, dtype=torch.float32, device=q.device)
-    _merge[(n,)](part, part_lse, out, lse, n, splits, dv, bv)
+    _merge[(n,)](part, part_lse, out, lse, n, splits, dv, max(16, triton.next_power_of_2(dv)))
     return out, lse
+
+
+def _launch_general(grid, q: Tensor, keys: Blocks, values: Blocks, common: tuple, masks: tuple, bm: int) -> None:
+    group, dv = keys.spec.group, values.spec.channels
+    bt = min(32 if dv > 128 else 64, max(16, triton.next_power_of_2(group)))
+    (key_pointers, key_constants), (value_pointers, value_constants) = _pool(keys), _pool(values)
+    _attend[grid](
+        q, *q.stride(), *key_pointers, *value_pointers, scale8_table(q.device), *common, dv, *key_constants,
+        *value_constants, *masks, bm, bt, 32, max(16, triton.next_power_of_2(dv)),
+        "ieee" if q.dtype == torch.float32 else "tf32",
+    )  # fmt: skip
+
+
+def _launch_planes(grid, q: Tensor, keys: Blocks, values: Blocks, common: tuple, masks: tuple, bm: int) -> None:
+    d, dv = keys.spec.channels, values.spec.channels
+    ((key_codes, *key_pointers, _), (k_classes, _, k_bytes, *key_constants)) = _pool(keys)
+    ((value_codes, *value_pointers, _), (v_classes, _, *value_constants)) = _pool(values)
+    trits, nb = values.spec.classes[0][1].per_byte == 5, values.spec.classes[0][1].nbytes(dv)
+    words = max(8, triton.next_power_of_2(-(-nb // 2))) if trits else triton.next_power_of_2(nb // 4)
+    widest = triton.next_power_of_2(max(width for width, _ in keys.spec.classes))
+    channels = min(max(16, widest), max(16, TILE_KEYS // keys.spec.group))
+    attend_planes[grid](
+        q, *q.stride(), _as_words(key_codes), *key_pointers, value_codes if trits else _as_words(value_codes),
+        *value_pointers, scale8_table(q.device), *common, d, dv, k_classes, k_bytes // 4, *key_constants, v_classes,
+        *value_constants, *order(keys.spec), *masks, bm, channels, words, q.is_cuda,
+        num_warps=4 if keys.spec.group > 64 else 2,
+    )  # fmt: skip
+
+
+def _as_words(codes: Tensor) -> Tensor:
+    """Bytes as int32; copied where they do not lie at a word."""
+    return (codes if codes.data_ptr() % 16 == 0 else codes.clone()).view(torch.int32)

@@ -145,7 +145,7 @@ def _encode(
     BOUNDS: tl.constexpr, LOW: tl.constexpr, ROUND: tl.constexpr, PER_BYTE: tl.constexpr, BASE: tl.constexpr,
     NB: tl.constexpr, BG: tl.constexpr, BI: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
-    """Program (block, run of groups): bytes of codes; byte j holds numbers j, j + NB, ..., lowest digit first."""
+    """Program (block, run of groups): bytes of codes; byte j holds numbers j, j + NB, ..., as `digits.py` says."""
     i_n, i_t = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_g = i_t * BG + tl.arange(0, BG)
     m_g = i_g < NGROUPS
@@ -167,8 +167,14 @@ def _encode(
         m_v = m_v & (b_v == b_v)
         b_d = tl.where(m_v, _finite(b_v, b_big) - b_zero[:, None], 0.0)
         b_code = _code_of(b_d, b_unit, BOUNDS, LOW, ROUND)
-        b_byte += tl.where(_valid(i_g, o_b + i * NB, b_n, LEN, NCG), b_code, 0) * b_power
-        b_power *= power
+        b_code = tl.where(_valid(i_g, o_b + i * NB, b_n, LEN, NCG), b_code, 0)
+        if BASE == 3:
+            b_byte = b_byte * 3 + b_code
+        else:
+            b_byte += b_code * b_power
+            b_power *= power
+    if BASE == 3:
+        b_byte = (b_byte * 256 + 242) // 243
     m_b = m_g[:, None] & (o_b < NB)[None, :]
     tl.store(p_codes + i_n * S_CODE + i_g[:, None] * NB + o_b[None, :], b_byte.to(tl.uint8), mask=m_b)
 

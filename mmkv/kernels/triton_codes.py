@@ -56,7 +56,7 @@ def decode_levels(b_byte, b_digit, p_lut, CLASSES: tl.constexpr, I: tl.constexpr
     if L == 3:
         b_power = tl.where(b_digit == 0, 1, tl.where(b_digit == 1, 3, 9))
         b_power = tl.where(b_digit == 3, 27, tl.where(b_digit == 4, 81, b_power))
-        b_code = (b_code // b_power) % 3
+        b_code = ((b_code * b_power & 255) * 3) >> 8
     elif L == 2:
         b_code = (b_code >> b_digit) & 1
     elif L == 4:

@@ -16,6 +16,7 @@ from mmkv.kernels import (
     Table,
     attend_packed_triton,
     gaussian,
+    lloyd,
     mean_only,
     minmax,
     pack_triton,
@@ -50,10 +51,10 @@ class Compile:
         self.kernel, self.shared = kernel, []
 
     def __getitem__(self, grid):
-        return lambda *args: self.compile(grid, *args)
+        return lambda *args, **options: self.compile(grid, *args, **options)
 
-    def compile(self, grid, *args):
-        compiled = self.kernel.warmup(*args, grid=grid)
+    def compile(self, grid, *args, **options):
+        compiled = self.kernel.warmup(*args, grid=grid, **options)
         assert compiled.asm["ptx"]
         self.shared.append(compiled.metadata.shared)
 
@@ -69,8 +70,23 @@ def formats(d: int, group: int) -> list[tuple[Spec, Spec]]:
     ]
 
 
+def planes_runs() -> list[tuple]:
+    """(capability, dtype, queries, formats) that take the kernel for evenly spaced codes."""
+    classes = ((64, lloyd(2)), (32, lloyd(1)), (16, lloyd(4)), (16, mean_only()))
+    token = {code: Spec("token", 128, ((128, code),), 128) for code in (minmax(2), gaussian(1.58, zero="none"))}
+    kivi = Spec("channel", 64, ((128, minmax(2)),)), Spec("token", 64, ((128, minmax(2)),), 128)
+    mixed = Spec("channel", 128, classes, scale_bits=8), token[gaussian(1.58, zero="none")]
+    plain = Spec("channel", 128, ((128, lloyd(2)),)), token[minmax(2)]
+    return [
+        (90, torch.bfloat16, 1, kivi),
+        (90, torch.bfloat16, 9, plain),
+        (89, torch.float16, 1, mixed),
+        (80, torch.bfloat16, 1, plain),
+    ]
+
+
 def main() -> None:
-    names = [(attend_packed_triton, "_attend"), (attend_packed_triton, "_merge")]
+    names = [(attend_packed_triton, name) for name in ("_attend", "_merge", "attend_planes")]
     names += [(pack_triton, "_measure"), (pack_triton, "_encode")]
     kernels = [Compile(getattr(module, name)) for module, name in names]
     for (module, name), kernel in zip(names, kernels):
@@ -78,6 +94,7 @@ def main() -> None:
     triton.runtime.driver.set_active(Driver(90))
     for spec in (spec for i in (0, 2) for spec in formats(128, 128)[i]):
         pack_triton.pack_blocks_triton(torch.zeros(1, 128, 128, dtype=torch.bfloat16), torch.ones(1).int(), spec)
+    torch.Tensor.is_cuda = property(lambda tensor: True)  # as on a GPU, also in what kernels are chosen
     runs = ((90, torch.bfloat16, 256, 1, 0), (80, torch.float32, 80, 9, 1), (90, torch.float16, 96, 1, 2))
     for capability, dtype, d, tq, i in runs:
         triton.runtime.driver.set_active(Driver(capability))
@@ -87,6 +104,14 @@ def main() -> None:
             torch.zeros(1, 14, tq, d, dtype=dtype), *(Blocks.empty(spec, 4) for spec in formats(d, 128)[i]),
             Table(zeros, zeros, zeros), scale=0.1, softcap=None if at is None else 5.0, q_positions=at,
             causal=at is not None, window=None if at is None else 7, splits=2,
+        )  # fmt: skip
+    for capability, dtype, tq, (keys, values) in planes_runs():
+        triton.runtime.driver.set_active(Driver(capability))
+        zeros = torch.zeros(2, 2, dtype=torch.int32)
+        attend_packed_triton.attend_packed_triton(
+            torch.zeros(1, 14, tq, keys.channels, dtype=dtype), Blocks.empty(keys, 4), Blocks.empty(values, 4),
+            Table(zeros, zeros, zeros), scale=0.1, softcap=None, q_positions=torch.zeros(1, tq, dtype=torch.int64),
+            causal=tq > 1, window=None, splits=2,
         )  # fmt: skip
     for (_, name), kernel in zip(names, kernels):
         assert kernel.shared, f"{name} was not launched"

@@ -43,8 +43,8 @@ def test_trits_by_hand():
     """Five trits to a byte, planar: byte j of 2 holds numbers j, j + 2, ..., j + 8."""
     x = [3.0, -3.0, 0.0, 3.0, -3.0, 0.0, 0.0, 3.0, 3.0, -3.0]
     b = one([[v] for v in x], Spec("channel", 10, ((1, ternary()),)))
-    t = [2, 0, 1, 2, 0, 1, 1, 2, 2, 0]
-    assert b.codes.tolist() == [[sum(t[j + 2 * i] * 3**i for i in range(5)) for j in range(2)]]
+    # 2 1 0 1 2 and 0 2 1 2 0 in base 3 are 194 and 69 of 243; the next 256ths above are 205 (204.4) and 73 (72.7)
+    assert b.codes.tolist() == [[205, 73]]
     assert b.scale.tolist() == [[3.0]]
     assert unpack_blocks(b).flatten().tolist() == x
 

@@ -89,7 +89,7 @@ def test_compiles_for_gpus():
     env["PYTHONPATH"] = str(Path(__file__).parents[2])
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=500, env=env)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
-    assert done.stdout.count("variants") == 4
+    assert done.stdout.count("variants") == 5
 
 
 def test_cpu_tensors_take_the_reference():
