@@ -387,7 +387,7 @@ def test_peek_tells_what_a_store_is(path):
     assert found["shape"] == dict(
         layers=3, heads=2, dim=16, value_dim=24, tokens=12, dtype="float32", packed="int4"
     )  # fmt: skip
-    for text in ("", "{", "[]", '{"version": 1}', "\xff"):
+    for text in ("", "{", "[]", '{"version": 2}', "\xff"):
         (path / "store.json").write_bytes(text.encode("latin-1"))
         for ask in (lambda: peek(at(path)), lambda: opened(at(path))):
             with pytest.raises(ValueError, match=r"store\.json is damaged"):

@@ -23,7 +23,7 @@ except ImportError:  # Windows: nothing keeps a second writer away there
 
 CHUNK = re.compile(r"(\d{8,})-(\d{4,})\.safetensors")
 _UNFINISHED = re.compile(r"(\d{8,}-\d{4,}\.safetensors|store\.json)\.tmp")
-_VERSION = 1
+_VERSION = 2  # 1 stored five trits of a block as a whole number, 2 as a fraction
 
 
 def peek(where: str) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def peek(where: str) -> dict[str, Any]:
     try:
         found = json.loads((path / "store.json").read_text())
         if found["version"] != _VERSION:
-            raise ValueError(f"{path} is a store of version {found['version']}; this release reads {_VERSION}")
+            raise ValueError(f"{path} is a store of version {found['version']}; this release reads {_VERSION}; watch the video anew")
         return dict(key=dict(found["key"]), shape=dict(found["shape"]), id=str(found["id"]))
     except FileNotFoundError:
         raise ValueError(f"{path} holds no store; watch a video with this store first") from None
