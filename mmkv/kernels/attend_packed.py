@@ -39,6 +39,7 @@ def attend_packed(
     q_positions: Tensor | None = None,
     causal: bool = False,
     window: int | None = None,
+    exact: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of q over the blocks that the table names.
 
@@ -51,6 +52,7 @@ def attend_packed(
         q_positions: int [B, Tq] or [Tq], logical positions; needed for causal and window.
         causal: hide keys at positions > the query's.
         window: hide keys at positions <= the query's - window.
+        exact: on a GPU, products of fp32 numbers; else of fp16 or TF32 ones. None: as q's dtype has it. The CPU is always exact.
 
     Returns:
         out fp32 [B, Hq, Tq, Dv] in the values' stored order and basis, lse fp32 [B, Hq, Tq] (natural log); a row that
@@ -62,7 +64,7 @@ def attend_packed(
         from .attend_packed_triton import attend_packed_triton
 
         with torch.cuda.device(q.device):  # Triton launches on the current device, a split model has several
-            return attend_packed_triton(q, keys, values, table, **options)
+            return attend_packed_triton(q, keys, values, table, exact=exact, **options)
     return attend_packed_reference(q, keys, values, table, **options)
 
 

@@ -1,7 +1,7 @@
 """Triton twin of `attend_packed`: flash decoding over packed codes.
 
 One program holds all query heads of a KV head and a run of slots; unpacking happens in registers. Runs are merged by logsumexp
-in a last kernel, so a batch of one fills the GPU as well. Queries of 16 bits over evenly spaced codes take the kernel of
+in a last kernel, so a batch of one fills the GPU as well. Inexact products with evenly spaced codes take the kernel of
 `attend_planes_triton`, everything else the general one here (rows padded to 16 for `tl.dot`).
 """
 
@@ -261,14 +261,16 @@ def attend_packed_triton(
     causal: bool,
     window: int | None,
     splits: int | None = None,
+    exact: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attend_packed` by Triton; arguments as there, q_positions [B, Tq] or None; splits: runs of slots."""
+    exact = q.dtype == torch.float32 if exact is None else exact
     b, hq, tq, _ = q.shape
     rows, slots = table.block.shape
     group, dv = keys.spec.group, values.spec.channels
     if dv > MAX_VALUE_CHANNELS:
         raise ValueError(f"the Triton kernel holds value heads up to {MAX_VALUE_CHANNELS} channels, not {dv}")
-    by_planes = q.dtype != torch.float32 and fits(keys.spec, values.spec) and len(keys) > 0
+    by_planes = not exact and fits(keys.spec, values.spec) and len(keys) > 0
     g = hq * b // rows if rows else 1
     n = b * hq * tq
     bm = min(64, max(8 if by_planes else 16, triton.next_power_of_2(g * tq)))
@@ -288,7 +290,7 @@ def attend_packed_triton(
         )  # fmt: skip
         masks = (softcap is not None, causal, window is not None, table.positions is not None)
         launch = _launch_planes if by_planes else _launch_general
-        launch((rows, tiles, splits), q, keys, values, common, masks, bm)
+        launch((rows, tiles, splits), q, keys, values, common, masks, bm, exact)
     if splits == 1 or n == 0:
         return part[0].view(b, hq, tq, dv), part_lse[0].view(b, hq, tq)
     out = torch.empty(b, hq, tq, dv, dtype=torch.float32, device=q.device)
@@ -297,18 +299,18 @@ def attend_packed_triton(
     return out, lse
 
 
-def _launch_general(grid, q: Tensor, keys: Blocks, values: Blocks, common: tuple, masks: tuple, bm: int) -> None:
+def _launch_general(grid, q: Tensor, keys: Blocks, values: Blocks, common, masks, bm: int, exact: bool) -> None:
     group, dv = keys.spec.group, values.spec.channels
     bt = min(32 if dv > 128 else 64, max(16, triton.next_power_of_2(group)))
     (key_pointers, key_constants), (value_pointers, value_constants) = _pool(keys), _pool(values)
     _attend[grid](
         q, *q.stride(), *key_pointers, *value_pointers, scale8_table(q.device), *common, dv, *key_constants,
         *value_constants, *masks, bm, bt, 32, max(16, triton.next_power_of_2(dv)),
-        "ieee" if q.dtype == torch.float32 else "tf32",
+        "ieee" if exact else "tf32",
     )  # fmt: skip
 
 
-def _launch_planes(grid, q: Tensor, keys: Blocks, values: Blocks, common: tuple, masks: tuple, bm: int) -> None:
+def _launch_planes(grid, q: Tensor, keys: Blocks, values: Blocks, common, masks, bm: int, exact: bool) -> None:
     d, dv = keys.spec.channels, values.spec.channels
     ((key_codes, *key_pointers, _), (k_classes, _, k_bytes, *key_constants)) = _pool(keys)
     ((value_codes, *value_pointers, _), (v_classes, _, *value_constants)) = _pool(values)

@@ -167,3 +167,17 @@ def test_what_does_not_fit_goes_to_the_general_kernel():
     assert not fits(good, Spec("token", 64, ((48, minmax(2)),), 24)), "two scales a token"
     assert not fits(good, Spec("channel", 64, ((48, minmax(2)),))), "values by channel"
     assert not fits(keys(16, 48, lloyd(1)), values(16)), "half words of bytes"
+
+
+def test_queries_of_a_16_bit_model_in_another_basis_are_not_exact():
+    """They come in fp32 and take the fast kernel when told so; by themselves they are exact."""
+    c = case(keys(32, 48, lloyd(2)), values(32), b=1, hkv=1)
+    from mmkv.kernels.attend_packed_triton import attend_packed_triton
+
+    kw = {"scale": 0.1, "softcap": None, "q_positions": None, "causal": False, "window": None}
+    want = attend_packed_reference(c.q, c.keys, c.values, c.table, **kw)
+    here = [x.to(DEVICE) for x in (c.q, c.keys, c.values, c.table)]
+    close([x.cpu() for x in attend_packed_triton(*here, **kw)], want, 1e-5)
+    close([x.cpu() for x in attend_packed_triton(*here, exact=False, **kw)], want, TOL)
+    with pytest.raises(AssertionError):  # it did take another way
+        close([x.cpu() for x in attend_packed_triton(*here, exact=False, **kw)], want, 1e-6)
