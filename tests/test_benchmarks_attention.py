@@ -1,0 +1,54 @@
+"""The benchmarks of packed attention: what they compare is right, and the machine code says what is claimed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+
+import decode_attention  # noqa: E402
+from attention_peers import unpacked  # noqa: E402
+from timing import CpuTimer  # noqa: E402
+
+
+def test_all_answers_are_compared_and_the_fastest_dense_one_is_the_baseline():
+    rows = decode_attention.measure((4, 2, 64), 1, 300, ["kivi-4", "vidkv"], CpuTimer(2), torch.float32, 1e9)
+    names = {row["name"] for row in rows}
+    assert {"kivi-4", "vidkv", "sdpa math", "kivi-4, unpacked first"} <= names
+    (best,) = {row["baseline"] for row in rows}
+    dense = [row for row in rows if row["name"].startswith("sdpa")]
+    assert min(dense, key=lambda row: row["us"])["name"] == best
+    for row in rows:
+        if row["error"] is not None:
+            assert row["error"] < 1e-5, row["name"]
+    assert next(row for row in rows if row["name"] == best)["times_baseline"] == 1
+
+
+def test_unpacked_is_what_was_packed():
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 3, 100, 32), torch.randn(2, 3, 100, 32)
+    k, v = unpacked(decode_attention.segment_of("kivi-4", keys, values), torch.float32)
+    assert k.shape == v.shape == (2, 3, 100, 32)
+    assert float((k - keys).abs().max()) < 0.3
+    assert float((v - values).abs().max()) < 0.3
+
+
+@pytest.mark.slow
+def test_few_instructions_a_number(tmp_path):
+    pytest.importorskip("triton")
+    out = tmp_path / "instructions.json"
+    subprocess.run(
+        [sys.executable, str(FOLDER / "instructions.py"), "--out", str(out)], check=True, capture_output=True
+    )
+    rows = json.loads(out.read_text())["rows"]
+    taken = {(row["format"], row["kernel"]): row["per_number"] for row in rows}
+    for form in decode_attention.PRESETS:
+        assert taken[form, "planes"] < 6 < 12 < taken[form, "general"]
+    assert not any(row["stack"] for row in rows if row["kernel"] == "planes")
