@@ -65,6 +65,7 @@ def per_number(form: PackFormat, loop: Loop, general: bool) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, default=90, help="80 (A100), 89 (RTX 4090), 90 (H100)")
+    parser.add_argument("--presets", nargs="+", default=list(PRESETS))
     parser.add_argument("--out", default="benchmarks/results/instructions.json")
     options = parser.parse_args()
     compile_for(options.capability)
@@ -72,7 +73,7 @@ def main() -> None:
     for name in ("format", "kernel", "bits", "instructions a number", "registers", "spilled", "shared"):
         table.add_column(name, justify="left" if name in ("format", "kernel") else "right")
     rows = []
-    for name in PRESETS:
+    for name in options.presets:
         (method,) = preset(name).cache
         form = method.formats()[0]
         for general in (False, True):

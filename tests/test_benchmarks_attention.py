@@ -45,11 +45,10 @@ def test_unpacked_is_what_was_packed():
 def test_few_instructions_a_number(tmp_path):
     pytest.importorskip("triton")
     out = tmp_path / "instructions.json"
-    subprocess.run(
-        [sys.executable, str(FOLDER / "instructions.py"), "--out", str(out)], check=True, capture_output=True
-    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # set by the kernels' tests
+    command = [sys.executable, str(FOLDER / "instructions.py"), "--presets", "kivi-2", "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True, env=env)
     rows = json.loads(out.read_text())["rows"]
     taken = {(row["format"], row["kernel"]): row["per_number"] for row in rows}
-    for form in decode_attention.PRESETS:
-        assert taken[form, "planes"] < 6 < 12 < taken[form, "general"]
+    assert taken["kivi-2", "planes"] < 4 < 12 < taken["kivi-2", "general"]
     assert not any(row["stack"] for row in rows if row["kernel"] == "planes")
