@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import mmkv.tokens  # noqa: F401  (its methods register themselves)
-from mmkv.cache import KIVI, CacheMethod, VidKV, WaterfillKV
+from mmkv.cache import HACK, KIVI, CacheMethod, ScaleKV, VidKV, WaterfillKV
 from mmkv.parts.registry import METHODS, Entry, nearest
 
 
@@ -22,6 +22,11 @@ class Preset:
     name: str
     cache: tuple[CacheMethod, ...]
     summary: str
+
+    @property
+    def next_scale(self) -> bool:
+        """Whether it is for models that make an image scale by scale."""
+        return any(method.next_scale for method in self.cache)
 
 
 PRESETS = {
@@ -40,6 +45,14 @@ PRESETS = {
             "waterfill-1",
             (WaterfillKV(key_bits=1.25, value_bits=1, scale_bits=8),),
             "key bits where they matter (1.25 on average), rotated values at 1 bit, 8-bit scales",
+        ),
+        Preset(
+            "hack",
+            (HACK(),),
+            "for models that paint (Infinity): 30 % of the tokens, by kind of head; wants `mmkv calibrate`",
+        ),
+        Preset(
+            "scalekv", (ScaleKV(),), "for models that paint (Infinity): 10 %, by role of layer; wants `mmkv calibrate`"
         ),
         Preset("auto", (WaterfillKV(),), "the default: waterfill, which measured best of those below 2 bits"),
     )

@@ -25,13 +25,13 @@ class Report:
         packed_bits: the same for packed segments alone; None where nothing is packed.
         tail_bytes: bytes of all that is not packed: the newest tokens, sinks, survivors of an eviction and tokens that wait to be
             packed, all dense; summaries of dropped tokens, and scores.
-        tokens_seen: valid tokens that entered the cache, summed over the batch.
+        tokens_seen: valid tokens that entered the cache, summed over the batch; an image's last scale never does.
         tokens_held: those still stored, averaged over layers.
         tokens: valid tokens seen per modality.
         tokens_per_layer: tokens of the last prompt with images or video that each decoder layer computed, summed over the batch;
             empty where no token method is at work.
         prefill_seconds: duration of the forwards that read prompts (the first one, and those with more than 32 new
-            tokens), vision tower included, since the cache was empty.
+            tokens), vision tower included, since the cache was empty; of an image made scale by scale, of all its forwards.
         decode_tokens_per_second: growth of the sequence per second of all other forwards; None before the first.
         decode_tokens: tokens that speed was measured over; a handful says little.
 
@@ -138,6 +138,7 @@ class Meter:
         self._begun: float | None = None
         self._stream = None  # weak reference to the state of the cache that the last forward used
         self._before = self._seen = 0  # its logical length before and after that forward
+        self._scales = False  # whether each forward is a scale of an image, and none a decode step
         self._prefill: float | None = None
         self._decode_tokens, self._decode_seconds = 0, 0.0
 
@@ -160,19 +161,26 @@ class Meter:
         seconds = self._clock() - begun
         if grown == self._seen:  # the first tokens of a sequence
             self._prefill, self._decode_tokens, self._decode_seconds = seconds, 0, 0.0
-        elif grown > PROMPT and self._prefill is not None:
+        elif (grown > PROMPT or self._scales) and self._prefill is not None:
             self._prefill += seconds
         else:
             self._decode_tokens += grown
             self._decode_seconds += seconds
 
-    def read(self, layers, state, new: int | None = None) -> None:
-        """Count what the layers hold, after a forward of the decoder that brought `new` tokens; None for those of a layer."""
+    def read(self, layers, state, new: int | None = None, gone: int = 0) -> None:
+        """Count what the layers hold, after a forward of the decoder that brought `new` tokens; None for those of a layer.
+
+        Args:
+            layers, state: of the cache.
+            new: tokens of the forward.
+            gone: how many of them are not there any more, since nobody will ask for them.
+        """
         new = layers[0].new if new is None else new
+        self._scales = bool(state.scales)
         layout = state.layout
         if self._stream is None or self._stream() is not state:
-            self._stream, self._before = weakref.ref(state), len(layout) - new
-        self._seen = len(layout)
+            self._stream, self._before = weakref.ref(state), len(layout) + gone - new
+        self._seen = len(layout) + gone
         valid = layout.valid
         seen = int(valid.sum())
         dense = held_elements = packed_elements = held = 0

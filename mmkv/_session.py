@@ -197,6 +197,8 @@ class Session:
             self._pieces = Pieces(module, kwargs, chunk, self.prefill_chunk, self._inputs, state)
             kwargs = self._pieces.run(embeds)
             return args, self._dropped(kwargs, self._pieces.at)
+        state.scales = self.adapter.scales(self._inputs)
+        state.last = self.adapter.is_last(self._inputs) and not (self.method is not None and self.method.keeps_last)
         state.extend(chunk, embeds)
         return args, self._dropped(kwargs, 0)
 
@@ -250,7 +252,9 @@ class Session:
             settle_jointly(cache.layers)
             for layer in cache.layers:
                 layer.state.scratch, layer.state.norms = {}, {}
-            self.meter.read(cache.layers, state, new)
+            if state.last:  # its layers have let go of them
+                state.crop(state.seen - new)
+            self.meter.read(cache.layers, state, new, gone=new if state.last else 0)
             if self._uncached:
                 self._uncached, output.past_key_values = False, None
         return output if self._pieces is None else self._pieces.joined(output)

@@ -10,6 +10,7 @@ import torch
 from mmkv import compat
 from mmkv._chunks import check_chunk
 from mmkv._presets import preset as find_preset
+from mmkv._scales import check_painting, fitted
 from mmkv._session import Session
 from mmkv._vision.looking import facts_of
 from mmkv._vision.vit import VitSession, check_vit
@@ -28,7 +29,8 @@ def wrap(
 
     Args:
         model: a transformers model, PEFT-wrapped or not; the error for another family lists the supported ones. Or a timm vision
-            transformer, with `tokens` that merge inside it.
+            transformer, with `tokens` that merge inside it. Or one that paints scale by scale (`mmkv.models.infinity`), with
+            cache methods.
         preset: a name from `mmkv.presets()`; None with no methods keeps everything, which is stock `generate` to the bit.
         tokens: methods that drop or merge vision tokens, in the order in which they are asked, for example
             `[VisionZip(), FastV()]`; with a preset or cache methods as well, which then store what is left.
@@ -65,13 +67,12 @@ def wrap(
             model, base, _instances(tokens), {name: v for name, v in given.items() if v not in (None, (), [])}
         )
     adapter = adapter_for(base)
+    if adapter.next_scale:
+        check_painting(base, tokens=_instances(tokens), prefill_chunk=prefill_chunk, positions=positions)
     token_methods = _tokens(_instances(tokens), adapter, prefill_chunk)
     method = _method(preset, cache)
     if method is not None:
-        if method.next_scale:
-            raise ValueError(
-                f"{type(method).__name__} is for visual autoregressive models, {type(base).__name__} is a language model"
-            )
+        method = fitted(method, adapter)
         method.check(*adapter.head_dims())
         shape = Identity.of(adapter.text_config)
         method.check_model(shape.layers, shape.heads)

@@ -7,6 +7,7 @@ from mmkv.cache.gear import GEAR
 from mmkv.cache.guikv import GUIKV
 from mmkv.cache.h2o import H2O
 from mmkv.cache.hack import HACK
+from mmkv.cache.infinipotv import InfiniPotV
 from mmkv.cache.interface import NAME, register
 from mmkv.cache.kivi import KIVI
 from mmkv.cache.kvmerger import KVMerger
@@ -30,7 +31,7 @@ from mmkv.cache.zipvl import ZipVL
 
 __all__ = [
     "GEAR", "GUIKV", "H2O", "HACK", "KIVI", "NAME", "AdaKV", "Cache", "CacheMethod", "CacheState", "ChannelClass",
-    "KVLayer", "KVMerger", "MiKV", "PackFormat", "PackedSegment", "Packer", "Pipeline", "PrefixKV", "PyramidKV",
+    "InfiniPotV", "KVLayer", "KVMerger", "MiKV", "PackFormat", "PackedSegment", "Packer", "Pipeline", "PrefixKV", "PyramidKV",
     "RazorAttention", "RetrievalHeads", "ScaleKV", "ScaleStatistics", "Side", "SnapKV", "StreamingLLM", "VidKV",
     "WaterfillKV", "ZipCache", "ZipVL", "adopt", "pipeline", "ratios_from", "register", "scale_budgets", "settle_jointly",
     "state_of",

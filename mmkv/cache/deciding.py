@@ -35,7 +35,8 @@ def fill_of(
         recall: put stored tokens in front, where the method wants that.
     """
     state, method = layer.state, layer.state.method
-    residual = method.residual_window if residual is None else residual
+    if residual is None:  # of an image nothing is ever rolled back
+        residual = 0 if state.scales and state.recalls else method.residual_window
     valid = state.layout.valid[row]
     first = max(layer.packed_to[row], layer.start) if first is None else first
     columns = valid[first : layer.seen].nonzero()[:, 0] + first
@@ -77,8 +78,9 @@ def fill_of(
         else int(chunks.valid[row, : max(int(columns[0]) - state.chunk_base, 0)].sum()),
         bytes_beyond=(columns.numel() - old) * (_dense_bytes(layer) - _bytes_per_token(layer)),
         decoding=decoding,
+        scales=state.scales if state.recalls else (),
     )
-    if recall and method is not None and method.recalls:
+    if recall and state.recalls:
         fill = _recall(layer, row, fill)
     if layer.scores is not None:
         fill.scores = layer.scores.of(row, fill.columns)

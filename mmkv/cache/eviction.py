@@ -24,6 +24,8 @@ class Eviction(CacheMethod):
             the real tokens (0.25), tokens per KV head (512), bytes of the whole cache ("64MiB"), or a dict by modality
             (`{"video": 0.2, "image": 0.5}`; text, not named, stays whole). The newest `residual` tokens and sinks stay even
             where that is more: of a prompt shorter than that nothing is dropped.
+            On models that make an image scale by scale all that is held is decided upon anew after each scale, ratios are of
+            the tokens before the last one, and no newest tokens are set apart.
         sinks: first tokens of the sequence that always stay.
         residual: newest tokens kept, dense, at least 32.
     """
@@ -73,7 +75,7 @@ class Eviction(CacheMethod):
         """
         present, newest = plan.present(fill), fill.length - fill.old
         size = (fill.bytes_per_token, fill.bytes_beyond)
-        pools = self.budget.pools(fill.modality, present, *size)
+        pools = self.budget.pools(fill.modality, present, *size, whole=fill.whole if fill.scales else None)
         if fill.prompt is None:
             kept = [int(mine[..., fill.old :].float().sum(-1).mean()) for mine, _ in pools]
             return [(mine[..., : fill.old], self.count(n, fill) - k) for (mine, n), k in zip(pools, kept)]

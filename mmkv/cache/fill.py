@@ -60,6 +60,7 @@ class Fill:
             tokens of this chunk are then decided upon with the next one.
         prompt_before: how many of those came before the first token here.
         decoding: whether decoded tokens have left the window, in place of a prompt that came.
+        scales: tokens of each scale of the image that is made, where all that is held is decided upon after each; () elsewhere.
         notes: what a method found out before the attention (`attends`), for `decide`.
     """
 
@@ -89,12 +90,18 @@ class Fill:
     prompt: torch.Tensor | None = None
     prompt_before: int = 0
     decoding: bool = False
+    scales: tuple[int, ...] = ()
     notes: dict = field(default_factory=dict)
 
     @property
     def length(self) -> int:
         """n, tokens that are dense now."""
         return self.columns.shape[-1]
+
+    @property
+    def whole(self) -> int:
+        """Tokens that a ratio is of: those seen, or of an image made scale by scale all that come before its last scale."""
+        return sum(self.scales[:-1]) if self.scales else self.seen
 
     @property
     def heads(self) -> int:

@@ -114,7 +114,8 @@ class GUIKV(Eviction):
     def shares(self, fill: Fill) -> list[tuple[torch.Tensor, float]]:
         """For tokens that compete, bool `[n]` (`[Hkv, n]`), the share of them that the budget keeps of the whole prompt."""
         held = (fill.columns >= 0).float().expand(fill.modality.shape)
-        here = whole = self.budget.pools(fill.modality, held, fill.bytes_per_token)
+        every = fill.whole if fill.scales else None
+        here = whole = self.budget.pools(fill.modality, held, fill.bytes_per_token, whole=every)
         if fill.prompt is not None:
             held = torch.ones(len(fill.prompt))
             whole = self.budget.pools(fill.prompt, held, fill.bytes_per_token)

@@ -57,7 +57,7 @@ class H2O(Eviction):
         if self.budget.everything:
             return
         newest = fill.length - fill.old
-        total = tokens_of(self.budget.total, fill.seen, fill.bytes_per_token)
+        total = tokens_of(self.budget.total, fill.whole, fill.bytes_per_token)
         if fill.decoding:  # as many as before
             stored = 0 if fill.present is None else int(fill.present[:, : fill.recalled].sum(1).max())
             total = newest + stored if stored else max(total, newest)

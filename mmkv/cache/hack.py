@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -39,7 +39,7 @@ class HACK(NextScale):
         scales: how many scales an image has, or a tuple of the tokens of each. After the last nothing is dropped. With the
             tokens, shares are of all that comes before the last scale: the budget is constant, and nothing is dropped before
             it is exceeded. Without them, shares are of the tokens seen so far, which cuts the early scales as hard as the
-            late ones; prefer the tokens. None: unknown.
+            late ones; prefer the tokens. None: as the model says while it makes an image, which is best.
         probes: queries of a scale whose attention counts, evenly spaced.
         merge: merge what contextual heads drop in the last compression into the kept keys that are most alike (cosine), by a
             plain mean of keys and of values; needs `scales`.
@@ -57,6 +57,7 @@ class HACK(NextScale):
     merge: bool = False
 
     accumulates: ClassVar[bool] = True
+    calibration: ClassVar[tuple[str, type]] = ("structural", HeadClasses)
 
     def __post_init__(self):
         super().__post_init__()
@@ -97,6 +98,8 @@ class HACK(NextScale):
         return evenly(length, self.probes, first)
 
     def after_scale(self, scale: int, fill: Fill, plan: Plan) -> None:
+        if self.scales is None and fill.scales:
+            return replace(self, scales=fill.scales).after_scale(scale, fill, plan)
         self.check_model(fill.layers, fill.heads)
         groups = self._structural()
         if self.scale_count is not None and scale >= self.scale_count - 1:

@@ -55,6 +55,9 @@ class KVLayer(CacheLayerMixin):
         self.scores: Scores | None = None  # attention mass so far, where the method or a limit of bytes wants it
         self.new = 0  # tokens of the last update
         self._pending = False
+        self._before: tuple[torch.Tensor, torch.Tensor] | None = (
+            None  # the tail without this forward's, where none stays
+        )
         # from the attention to the end of the forward, where layers decide jointly
         self.asked: Asked | None = None
         self.waits = False
@@ -80,6 +83,7 @@ class KVLayer(CacheLayerMixin):
                 "belongs to a model that mmkv.wrap has wrapped and is filled by calling that whole model, or a forward failed "
                 "half-way; start a new cache"
             )
+        self._before = (self.keys, self.values) if self.state.last else None
         # a first fill is adopted, not copied, as transformers' own layer would
         self.keys = torch.cat([self.keys, key_states], dim=2) if self.keys.shape[2] else key_states
         self.values = torch.cat([self.values, value_states], dim=2) if self.values.shape[2] else value_states
@@ -100,6 +104,9 @@ class KVLayer(CacheLayerMixin):
         """
         if not self._pending:
             return
+        if self._before is not None:
+            self._let_go()
+            return
         method = self.state.method
         if asked is not None and self.window is None:
             if method is not None and method.accumulates:
@@ -111,6 +118,13 @@ class KVLayer(CacheLayerMixin):
             self.asked, self.waits = asked, True  # goes on when the forward ends
             return
         self.finish(asked)
+
+    def _let_go(self) -> None:
+        """Be as before the tokens of this forward, which nobody will ask for again."""
+        (self.keys, self.values), self._before, self._pending = self._before, None, False
+        self.seen -= self.new
+        self.logical = self.seen
+        self.state.count(self.index, storage_bytes(self.tensors()))
 
     def finish(self, asked: Asked | None = None) -> None:
         """Store what is not decided upon, or not any more."""
@@ -144,7 +158,7 @@ class KVLayer(CacheLayerMixin):
         if not prompted:
             if method.interval is None:
                 return None
-            if not method.recalls:  # what was decided upon is settled, wherever it is
+            if not self.state.recalls:  # what was decided upon is settled, wherever it is
                 first = max(first, self.decided_to[row])
             waiting = int(self.state.layout.valid[row, first : self.seen].sum())
             if waiting < method.residual_window + method.interval:

@@ -44,6 +44,7 @@ class CacheMethod:
     next_scale: ClassVar[bool] = (
         False  # whether it is for visual autoregressive models alone, where a forward is a scale
     )
+    keeps_last: ClassVar[bool] = False  # whether it wants to see an image's last scale, which nobody attends to again
     sparse_prefill: ClassVar[bool] = False  # whether `attends` may say anything
     joint: ClassVar[bool] = False  # whether all layers are decided upon together, when the forward ends
     segment_class: ClassVar[type[PackedSegment]] = PackedSegment  # what holds the tokens it stores

@@ -11,6 +11,7 @@ from mmkv.cache.fill import Fill, Plan
 from mmkv.cache.method import CacheMethod
 from mmkv.layout import TEXT
 from mmkv.parts.calibration import (
+    Calibration,
     HeadClasses,
     Identity,
     LayerRoles,
@@ -36,6 +37,7 @@ class NextScale(CacheMethod):
     evicts: ClassVar[bool] = True
     recalls: ClassVar[bool] = True
     next_scale: ClassVar[bool] = True
+    calibration: ClassVar[tuple[str, type[Calibration]] | None] = None  # an option that is measured, and what it takes
 
     @property
     def residual_window(self) -> int:
@@ -96,6 +98,7 @@ class ScaleStatistics(NextScale):
 
     evicts: ClassVar[bool] = False
     recalls: ClassVar[bool] = False
+    keeps_last: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()

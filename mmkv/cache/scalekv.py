@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from math import isqrt
+from typing import ClassVar
 
 import torch
 
 from mmkv.cache.fill import Fill, Plan
+from mmkv.cache.method import check_numbers
 from mmkv.cache.next_scale import NextScale, check_whole
+from mmkv.parts.calibration import LayerRoles, check_groups
 from mmkv.parts.choose import top_per_head
 from mmkv.parts.registry import register
 from mmkv.parts.saliency import check_pooling, per_kv_head, pooled
@@ -27,13 +32,18 @@ class ScaleKV(NextScale):
 
     Args:
         budgets: for each scale the tokens that each layer keeps after it, as `scale_budgets` makes them; () for a scale after
-            which nothing is dropped. Nothing is dropped after scales beyond the end, such as the last. Without it the method
-            refuses to run.
-        base: while no more tokens than this came, nothing is dropped (the paper: 650, also the average of its 10 % budget).
-        grid: cells of the grid in each direction; a map with fewer rows or columns has as many.
+            which nothing is dropped. Nothing is dropped after scales beyond the end, such as the last. Without it and
+            `roles` the method refuses to run.
+        base: while no more tokens than this came, nothing is dropped (the paper: 650, also the average of its 10 % budget); with
+            `roles`, the average.
+        grid: cells of the grid in each direction; a map with fewer rows or columns has as many, and budgets worked out from
+            `roles` that are smaller than the grid get a coarser one.
         kernel: tokens over which scores are pooled, odd; 1 for none.
         scoring: "paper" (softmax attention of the grid's queries, average pooling) or "official" (their raw products q.k, max
             pooling, the grid's own keys left out).
+        roles: which layers draft (`LayerRoles`, measured by `ScaleStatistics`, kept in JSON), in place of `budgets`: they are
+            then worked out by `scale_budgets` for the scales of the image that the model makes.
+        share: with `roles`, what a layer keeps on average, as a share of the tokens before the last scale; 1 keeps everything.
 
     Where we differ: queries are the model's own in both scorings (the released code makes them without bias, norm, learned
     scale and rotation, though the keys have them). The grid lies over maps of any shape, not only squares. The pooled
@@ -46,10 +56,21 @@ class ScaleKV(NextScale):
     grid: int = 4
     kernel: int = 5
     scoring: str = "paper"
+    roles: LayerRoles | None = None
+    share: float = 0.1
+
+    calibration: ClassVar[tuple[str, type]] = ("roles", LayerRoles)
 
     def __post_init__(self):
         super().__post_init__()
         check_whole(0, base=self.base)
+        check_numbers(share=self.share)
+        if not 0 < self.share <= 1:
+            raise ValueError(
+                f"share {self.share}: possible are 0 (excluded) to 1 (of the tokens before the last scale)"
+            )
+        if self.roles is not None and not isinstance(self.roles, LayerRoles):
+            raise ValueError(f"roles {self.roles!r}: needed is a LayerRoles, as LayerRoles.load(file) gives")
         check_whole(1, grid=self.grid)
         check_pooling(self.kernel, "avg")
         if self.scoring not in SCORINGS:
@@ -62,14 +83,20 @@ class ScaleKV(NextScale):
             check_whole(self.grid**2, **{f"budgets[{scale}][{layer}]": count for layer, count in enumerate(row)})
 
     def check_model(self, layers: int, kv_heads: int) -> None:
-        if not self.budgets:
-            raise ValueError("ScaleKV needs budgets of each layer for each scale: budgets=scale_budgets(...)")
+        if self.roles is not None:
+            check_groups("drafters", self.roles.drafters, len(self.roles.drafters), layers, "scale", "layer")
+        elif not self.budgets:
+            raise ValueError(
+                "ScaleKV needs budgets of each layer for each scale: budgets=scale_budgets(...), or roles=LayerRoles.load(file)"
+            )
         for scale, row in enumerate(self.budgets):
             if row and len(row) != layers:
                 raise ValueError(f"budgets of {len(row)} layers for scale {scale}: this model has {layers}")
 
     def after_scale(self, scale: int, fill: Fill, plan: Plan) -> None:
         self.check_model(fill.layers, fill.heads)
+        if not self.budgets and self.roles is not None:
+            return self.planned(fill).after_scale(scale, fill, plan)
         row = self.budgets[scale] if scale < len(self.budgets) else ()
         if not row or fill.seen <= self.base:
             return
@@ -79,6 +106,17 @@ class ScaleKV(NextScale):
         score = self.score(fill, plan, window).index_fill(1, window.to(fill.keys.device), torch.inf)
         plan.drop(top_per_head(plan.available(score, fill), row[fill.layer]), fill)
 
+    def planned(self, fill: Fill) -> ScaleKV:
+        """With budgets for the scales of the image that is made."""
+        if not fill.scales:
+            raise ValueError(
+                "ScaleKV with roles needs to know the scales, which this model does not say: give budgets=..."
+            )
+        average = round(self.share * fill.whole)
+        budgets = _planned(fill.scales, self.roles.drafters, fill.layers, average)
+        grid = min(self.grid, isqrt(min((min(row) for row in budgets if row), default=self.grid**2)))
+        return replace(self, budgets=budgets or ((),), base=average, grid=grid)
+
     def score(self, fill: Fill, plan: Plan, window: torch.Tensor) -> torch.Tensor:
         """fp32 `[Hkv, n]`, how much the queries at `window` int64 `[P]` look at each key and its neighbours."""
         if self.scoring == "paper":
@@ -87,6 +125,11 @@ class ScaleKV(NextScale):
         product = (fill.keys.float() @ query[..., None])[..., 0] * fill.scale
         product = product.index_fill(1, window.to(product.device), -torch.inf).masked_fill(~plan.keep, -torch.inf)
         return pooled(product, self.kernel, "max")
+
+
+@cache
+def _planned(sizes: tuple[int, ...], drafters: tuple, layers: int, average: int) -> tuple[tuple[int, ...], ...]:
+    return scale_budgets(sizes, drafters, layers, average)
 
 
 def grid_centres(fill: Fill, grid: int) -> torch.Tensor:

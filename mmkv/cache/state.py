@@ -37,6 +37,8 @@ class CacheState:
         deferred: layers that store nothing before the forward ends, since tokens may still be taken from them.
         looked: by those layers, each batch element's `Fill` over all its dense tokens; emptied by who reads it.
         record_past: keep what a sliding window would drop, so that it can be cropped back.
+        scales: tokens of each scale of the image that is made, where the model makes it scale by scale; () elsewhere.
+        last: nobody will attend to the tokens of this forward again (the last scale's), so they are not kept.
     """
 
     method: CacheMethod | None = None
@@ -58,12 +60,22 @@ class CacheState:
     deferred: frozenset = frozenset()
     looked: dict = field(default_factory=dict)
     record_past: bool = False
+    scales: tuple[int, ...] = ()
+    last: bool = False
     scratch: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.forms = () if self.method is None else self.method.formats()
 
     leader = 0  # the layer that moves this state
+
+    @property
+    def recalls(self) -> bool:
+        """Whether decisions are about all that is held: where the method says so, and after each scale of an image, which is
+        no prompt of its own; what is packed stays as it is.
+        """
+        method = self.method
+        return method is not None and (method.recalls or (bool(self.scales) and method.evicts and not self.forms))
 
     @property
     def root(self) -> CacheState:
@@ -154,3 +166,4 @@ class CacheState:
         self.layout = self.marks = None
         self.fresh, self.prompted, self.norms = [], [], {}
         self.held, self.peak = {}, 0
+        self.scales, self.last = (), False

@@ -69,8 +69,9 @@ class Budget:
         return min(counts, default=None)
 
     def pools(
-        self, modality: torch.Tensor, present: torch.Tensor, bytes_per_token: float = 1.0, bytes_beyond: float = 0.0
-    ) -> list[tuple[torch.Tensor, int]]:
+        self, modality: torch.Tensor, present: torch.Tensor, bytes_per_token: float = 1.0, bytes_beyond: float = 0.0,
+        whole: int | None = None,
+    ) -> list[tuple[torch.Tensor, int]]:  # fmt: skip
         """Which tokens compete, and how many of them may stay.
 
         Args:
@@ -79,6 +80,7 @@ class Budget:
                 count these.
             bytes_per_token: of one token over all layers, KV heads and batch elements, as it will be stored.
             bytes_beyond: what some of them take beyond that.
+            whole: tokens of the one modality there is that ratios count in place of those present; None without.
 
         Returns:
             list of (bool as `modality`, count): once for all tokens, or one modality after the other.
@@ -86,11 +88,13 @@ class Budget:
         rows = modality.shape[0] if modality.dim() > 1 else 1
         if self.total is not None:
             every = torch.ones_like(modality, dtype=torch.bool)
-            return [(every, tokens_of(self.total, float(present.sum()) / rows, bytes_per_token, bytes_beyond))]
+            count = float(present.sum()) / rows if whole is None else whole
+            return [(every, tokens_of(self.total, count, bytes_per_token, bytes_beyond))]
         out = []
         for kind, name in enumerate(MODALITIES):
             mine, amount = modality == kind, getattr(self, name)
             count = float(present[mine].sum()) / rows
+            count = count if whole is None or not count else whole
             out.append(
                 (mine, round(count) if amount is None else tokens_of(amount, count, bytes_per_token, bytes_beyond))
             )

@@ -50,6 +50,7 @@ class Calibration:
     model: Identity
 
     each: ClassVar[str] = "layer"  # what there is a group of indices for
+    file: ClassVar[str] = ""  # its name where it lies in the model's folder
 
     def __post_init__(self):
         for name, value in self._content().items():
@@ -101,6 +102,8 @@ class HeadClasses(Calibration):
 
     structural: tuple[tuple[int, ...], ...] = ()
 
+    file: ClassVar[str] = "head_classes.json"
+
     def __post_init__(self):
         super().__post_init__()
         check_groups("structural", self.structural, self.model.layers, self.model.heads, "layer", "KV head")
@@ -118,6 +121,7 @@ class LayerRoles(Calibration):
     drafters: tuple[tuple[int, ...], ...] = ()
 
     each: ClassVar[str] = "scale"
+    file: ClassVar[str] = "layer_roles.json"
 
     def __post_init__(self):
         super().__post_init__()
