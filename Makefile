@@ -2,6 +2,8 @@
 # make test   lint, types and all tests
 # make test-oldest   all tests on the oldest supported transformers and torch, in a .venv-oldest
 # make bench  accuracy of all methods over true bytes: tables, JSON and a plot; an hour on a free core, goes on where it stopped
+# make support  runs the tests that show which model goes with which method, and writes docs/models.md
+# make eval   Video-MME's and AgentNetBench's formats on the bundled models: dense and presets, one table and a plot; half an hour
 # All set everything up by themselves (a .venv in this folder) and are quick the second time.
 
 PYTHON ?= python3
@@ -10,10 +12,10 @@ BIN := .venv/bin
 
 OLDEST := transformers==5.2.* torch==2.9.*
 
-.PHONY: test-oldest help setup setup-dev demo bench test lint types format build clean
+.PHONY: test-oldest support help setup setup-dev demo bench eval test lint types format build clean
 
 help:
-	@echo "make demo | test | test-oldest | bench | lint | types | format | build | setup | setup-dev | clean"
+	@echo "make demo | test | test-oldest | bench | eval | support | lint | types | format | build | setup | setup-dev | clean"
 
 # A stamp is renewed when pyproject.toml changes. The development set-up holds all that the plain one does.
 .venv/.ready: pyproject.toml tools/setup.sh
@@ -44,6 +46,10 @@ bench: .venv/.ready-bench
 	@$(BIN)/python benchmarks/pareto.py
 	@$(BIN)/python tools/readme.py
 
+eval: .venv/.ready-bench
+	@$(BIN)/python benchmarks/evaluation.py
+	@$(BIN)/python tools/readme.py
+
 lint: .venv/.ready-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet . || echo "lint: 'make format' would change some files (no failure)"
@@ -60,6 +66,9 @@ test: lint types
 
 test-oldest: .venv-oldest/.ready
 	@OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n $(WORKERS)
+
+support: .venv/.ready-dev
+	@OMP_NUM_THREADS=1 $(BIN)/python tools/support.py
 
 build: .venv/.ready-dev
 	@$(BIN)/python -m build --no-isolation

@@ -10,6 +10,7 @@ import numpy as np
 from mmkv.video import Video, open_video
 
 TINY = "tiny"  # the bundled model's name on the command line
+TINY_AGENT = "tiny-agent"  # the bundled GUI agent's
 DEFAULT_FPS = 2.0  # frames a second read from a video where neither fps nor frames is given
 DEFAULT_FRAMES = 128  # the most frames read then
 
@@ -43,8 +44,12 @@ def read(video: Video, tick: Callable[[], Any] = lambda: None) -> np.ndarray:
     return out
 
 
-def load(name: str, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
-    """(model, processor): the bundled tiny model for "tiny", else a checkpoint by hub name or folder."""
+def place_and_dtype(device: str | None, dtype: str | None) -> tuple[Any, Any]:
+    """What --device and --dtype mean to torch: a GPU where there is one and none is named, None for no dtype.
+
+    Raises:
+        UserError: there is no such device or dtype.
+    """
     import torch
 
     try:
@@ -56,14 +61,29 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> tupl
     kind = None if dtype is None else getattr(torch, dtype, None)
     if dtype is not None and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise UserError(f"no dtype {dtype!r}; for example float32, bfloat16, float16")
+    return place, kind
 
+
+def load(name: str, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+    """(model, processor): the bundled models for "tiny" and "tiny-agent", else a checkpoint by hub name or folder."""
+    import torch
+
+    place, kind = place_and_dtype(device, dtype)
     if name == TINY:
         from mmkv.models import tiny
 
         return tiny.load(place, kind or torch.bfloat16)  # as it is stored
+    if name == TINY_AGENT:
+        from mmkv.models import tiny_agent
+
+        return tiny_agent.load(place, kind)
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from mmkv.models.own import own_loader
+
     try:
+        if (own := own_loader(name)) is not None:
+            return own(name, dtype=kind, device=place)
         processor = AutoProcessor.from_pretrained(name)
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=kind or "auto")
     except (OSError, ValueError) as error:

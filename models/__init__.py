@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from mmkv.models.adapter import Adapter, supported
+from mmkv.models.infinity.adapter import Infinity
+from mmkv.models.internvl import InternVL
 from mmkv.models.llava import Llava
 from mmkv.models.llava_onevision import LlavaOnevision
+from mmkv.models.longva.adapter import LongVA
+from mmkv.models.opencua.adapter import OpenCUAAdapter
 from mmkv.models.qwen_vl import QwenVL
 from mmkv.models.text import TextDecoder
 
-ADAPTERS: tuple[type[Adapter], ...] = (QwenVL, LlavaOnevision, Llava, TextDecoder)
+ADAPTERS: tuple[type[Adapter], ...] = (
+    QwenVL,
+    LlavaOnevision,
+    Llava,
+    LongVA,
+    InternVL,
+    OpenCUAAdapter,
+    TextDecoder,
+    Infinity,
+)
 
 __all__ = ["ADAPTERS", "Adapter", "adapter_for"]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
 from mmkv.layout import IMAGE, VIDEO, TokenLayout
+from mmkv.parts.calibration import Identity
 
 
 class Adapter:
@@ -18,6 +20,7 @@ class Adapter:
 
     families: tuple[str, ...] = ()  # config.model_type values
     axes = 1  # rows of position ids: 1, or 3 for mrope
+    next_scale = False  # whether a forward brings one scale of an image that the model makes (VAR, Infinity)
 
     def __init__(self, model: torch.nn.Module):
         self.model = model
@@ -41,6 +44,24 @@ class Adapter:
         config = self.text_config
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return size, size
+
+    def scales(self, inputs: dict) -> tuple[int, ...]:
+        """Tokens of each scale of the image that is made; () where the model makes none scale by scale.
+
+        Args:
+            inputs: keywords of the model's forward.
+        """
+        return ()
+
+    def is_last(self, inputs: dict) -> bool:
+        """Whether nobody will ask for the keys and values of this forward again, as those of an image's last scale."""
+        return False
+
+    def calibrated(self, kind: type):
+        """What `mmkv calibrate` measured on this model and left in its folder, of a kind of `Calibration`; None without."""
+        folder = getattr(self.model, "name_or_path", "")
+        file = Path(folder) / kind.file
+        return kind.load(file, Identity.of(self.text_config)) if folder and file.is_file() else None
 
     def vision_tower(self):
         """Where token methods look into the vision tower: a `Tower`, a `PackedTower`, or None without one."""
@@ -66,7 +87,7 @@ class Adapter:
             ValueError: the family cannot be streamed.
         """
         raise ValueError(
-            f"{type(self.model).__name__} cannot be streamed; possible are Qwen2-VL, Qwen2.5-VL, LLaVA-OneVision"
+            f"{type(self.model).__name__} cannot be streamed; possible are Qwen2-VL, Qwen2.5-VL, LLaVA-OneVision, LongVA"
         )
 
     def modality(self, inputs: dict, batch: int, length: int) -> torch.Tensor:
@@ -87,6 +108,18 @@ class Adapter:
     def placeholder_ids(self) -> tuple[int, int]:
         """Token ids that stand for image and for video features; -1 where the model has none."""
         return -1, -1
+
+    def expanded_ids(self, ids: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
+        """Ids `[B, T]` with one placeholder for each image, with one for each of its tokens.
+
+        Args:
+            ids: int64 `[B, t]`.
+            grid: int64 `[images, 3]`, frames, rows and columns of patches, in order through the batch; None without images.
+
+        Raises:
+            ValueError: the family's images have no such grids, or there are more or fewer placeholders than images.
+        """
+        raise ValueError(f"{type(self.model).__name__}: its images have no grids; possible are Qwen's and OpenCUA's")
 
     def grids(self, inputs: dict, kind: int, chunk: TokenLayout) -> list[list[tuple]]:
         """Grid of each medium of a modality in the batch, in order: a list of (frames, rows, cols) parts of tokens each.

@@ -84,3 +84,14 @@ class LlavaOnevisionFrames(FramesReader):
         side = -(-(vision.image_size // vision.patch_size) // 2)
         tokens = pixels.shape[1] * side**2
         return out[0][:tokens].view(pixels.shape[1], side**2, -1), (side, side)
+
+
+class LongVAFrames(FramesReader):
+    """One picture is a frame of half the patches' side; frames are encoded one by one."""
+
+    @torch.no_grad()
+    def encode(self, pictures: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        given = self.pixels(pictures)
+        out = self.model.model.get_video_features(given["pixel_values_videos"], given["video_frames"])
+        side = self.model.config.video_side
+        return out.pooler_output[0].view(len(pictures), side**2, -1), (side, side)

@@ -6,6 +6,7 @@ import torch
 
 from mmkv.layout import IMAGE, VIDEO, TokenLayout
 from mmkv.models.adapter import Adapter, features
+from mmkv.models.expansion import expand, image_tokens
 from mmkv.models.frames import FramesReader, QwenFrames
 from mmkv.models.qwen_tower import PackedTower
 
@@ -21,7 +22,10 @@ class QwenVL(Adapter):
 
     def frames_reader(self, processor) -> FramesReader:
         if self.model.config.model_type == "qwen3_vl":
-            return super().frames_reader(processor)  # a timestamp stands before each of its frames
+            raise ValueError(
+                f"{type(self.model).__name__} cannot be streamed: a timestamp of 6 to 10 tokens stands before each frame, "
+                "and a stream stores frames of one length; possible are Qwen2-VL, Qwen2.5-VL, LLaVA-OneVision, LongVA"
+            )
         return QwenFrames(self.model, processor)
 
     def vision_tower(self) -> PackedTower:
@@ -33,6 +37,12 @@ class QwenVL(Adapter):
 
     def placeholder_ids(self) -> tuple[int, int]:
         return self.model.config.image_token_id, self.model.config.video_token_id
+
+    def expanded_ids(self, ids: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
+        if grid is None:
+            return ids
+        counts = image_tokens(grid, self.model.config.vision_config.spatial_merge_size)
+        return expand(ids, None, counts, self.placeholder_ids()[0])[0]
 
     def grids(self, inputs: dict, kind: int, chunk: TokenLayout) -> list[list[tuple[int, int, int]]]:
         grid = inputs.get("image_grid_thw" if kind == IMAGE else "video_grid_thw")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-ENCODERS = ("clip_vision_model", "siglip_vision_model")  # config.model_type of the towers with absolute positions
+# config.model_type of the towers with absolute positions
+ENCODERS = ("clip_vision_model", "siglip_vision_model", "internvl_vision")
 
 
 @dataclass(eq=False)
@@ -22,6 +23,7 @@ class Tap:
         split: whether these outputs are `[B, H, N, D]` already; if not, they are `[B, N, H * D]`.
         norm: the norm in front of the MLP; its input is the hidden state with the attention's output added.
         branch: the last module of the MLP's branch; its output is added to that same hidden state.
+        gain: `[C]`, a factor on that output where the block has one (layer scale).
     """
 
     block: torch.nn.Module
@@ -32,6 +34,7 @@ class Tap:
     split: bool
     norm: torch.nn.Module
     branch: torch.nn.Module
+    gain: torch.nn.Parameter | None = None
 
 
 @dataclass(eq=False)
@@ -95,7 +98,7 @@ class Tower:
 
 
 def encoder_tower(model: torch.nn.Module) -> Tower:
-    """The tower of a Hugging Face `CLIPVisionModel` or `SiglipVisionModel` (with or without its projection).
+    """The tower of a Hugging Face `CLIPVisionModel` or `SiglipVisionModel` (with or without its projection), or of InternVL.
 
     Raises:
         ValueError: another kind of tower.
@@ -104,20 +107,9 @@ def encoder_tower(model: torch.nn.Module) -> Tower:
     kind = getattr(getattr(inner, "config", None), "model_type", type(model).__name__)
     if kind not in ENCODERS:
         raise ValueError(f"vision tower {kind!r}: tokens can be merged in {', '.join(ENCODERS)}; leave the tower whole")
-    taps = [
-        Tap(
-            block=layer,
-            attention=layer.self_attn,
-            mask="attention_mask",
-            query=layer.self_attn.q_proj,
-            key=layer.self_attn.k_proj,
-            split=False,
-            norm=layer.layer_norm2,
-            branch=layer.mlp,
-        )
-        for layer in inner.encoder.layers
-    ]
-    has_cls = hasattr(inner.embeddings, "class_embedding")
+    embeddings, intern = inner.embeddings, kind == "internvl_vision"
+    taps = [_intern_tap(layer) for layer in inner.encoder.layer] if intern else [_tap(x) for x in inner.encoder.layers]
+    has_cls = intern or hasattr(embeddings, "class_embedding")
     patch = inner.config.patch_size
     return Tower(
         module=model,
@@ -126,8 +118,37 @@ def encoder_tower(model: torch.nn.Module) -> Tower:
         scale=taps[0].attention.scale,
         prefix=int(has_cls),
         has_cls=has_cls,
-        patches=inner.embeddings.patch_embedding,
-        patch_size=(patch, patch),
+        patches=embeddings.patch_embeddings.projection if intern else embeddings.patch_embedding,
+        patch_size=(patch, patch) if isinstance(patch, int) else tuple(patch),
+    )
+
+
+def _tap(layer: torch.nn.Module) -> Tap:
+    """A block of CLIP or SigLIP."""
+    return Tap(
+        block=layer,
+        attention=layer.self_attn,
+        mask="attention_mask",
+        query=layer.self_attn.q_proj,
+        key=layer.self_attn.k_proj,
+        split=False,
+        norm=layer.layer_norm2,
+        branch=layer.mlp,
+    )
+
+
+def _intern_tap(layer: torch.nn.Module) -> Tap:
+    """A block of InternVL's tower."""
+    return Tap(
+        block=layer,
+        attention=layer.attention,
+        mask="attention_mask",
+        query=layer.attention.q_norm,
+        key=layer.attention.k_norm,
+        split=False,
+        norm=layer.layernorm_after,
+        branch=layer.dropout,
+        gain=layer.lambda_2,
     )
 
 

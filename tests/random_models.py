@@ -20,7 +20,7 @@ FIRST_TEXT = 20  # ids below have a meaning
 
 @dataclass(frozen=True)
 class Image:
-    """Qwen: grid (1, h, w) in patches. LLaVA: height and width in pixels."""
+    """Qwen: grid (1, h, w) in patches. Others: height and width in pixels, for LongVA and InternVL in tiles of 32."""
 
     height: int
     width: int
@@ -28,7 +28,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Video:
-    """Qwen: grid (frames, h, w) in patches. LLaVA: frames, the same in a whole batch; height and width are ignored."""
+    """Qwen: grid (frames, h, w) in patches. LLaVA: frames, the same in a whole batch. Others: frames. The rest is ignored."""
 
     frames: int
     height: int = 8
@@ -112,6 +112,45 @@ def llava(head_dim=16, **more):
     return tf.LlavaForConditionalGeneration(config)
 
 
+def longva(head_dim=16, **more):
+    """CLIP tiles of 4x4 patches, 4 tokens each; features of the last block but one; images of tiles, and videos."""
+    from mmkv.models.longva import LongVAConfig, LongVAForConditionalGeneration
+
+    vision = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8,
+    )  # fmt: skip
+    config = LongVAConfig(
+        vision_config=vision, text_config=_text(head_dim, **more), image_token_id=IMAGE, video_token_id=VIDEO,
+        image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]],
+    )  # fmt: skip
+    return LongVAForConditionalGeneration(config)
+
+
+def opencua(head_dim=16, **more):
+    """Qwen2.5-VL's tower before one-axis positions; images alone, a video is a row of them."""
+    from mmkv.models.opencua import OpenCUA, OpenCUAConfig
+
+    text = _text(head_dim, rope_parameters=dict(rope_type="default", rope_theta=1e4), **more)
+    vision = dict(
+        depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2,
+        out_hidden_size=text["hidden_size"], window_size=16, fullatt_block_indexes=[1], tokens_per_second=2,
+    )  # fmt: skip
+    return OpenCUA(OpenCUAConfig(vision_config=vision, text_config=text, media_placeholder_token_id=IMAGE))
+
+
+def internvl(head_dim=16, **more):
+    """A tower with layer scale and a CLS token, 4x4 patches folded to 4 tokens; a video is a row of pictures."""
+    vision = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=[32, 32],
+        patch_size=[8, 8], layer_scale_init_value=0.7,
+    )  # fmt: skip
+    config = tf.InternVLConfig(
+        vision_config=vision, text_config=_text(head_dim, model_type="qwen2", **more), image_token_id=IMAGE,
+        image_seq_length=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    return tf.InternVLForConditionalGeneration(config)
+
+
 def qwen2(**more):
     return tf.Qwen2ForCausalLM(tf.Qwen2Config(**_text(**more)))
 
@@ -167,7 +206,7 @@ def gpt_oss(**more):
     return model
 
 
-VLMS = {f.__name__: f for f in (qwen2_5_vl, llava_onevision, qwen2_vl, qwen3_vl, llava)}
+VLMS = {f.__name__: f for f in (qwen2_5_vl, llava_onevision, qwen2_vl, qwen3_vl, llava, longva, internvl, opencua)}
 TEXTS = {f.__name__: f for f in (qwen2, llama, mistral, qwen3, gemma2, gemma3_text, gpt_oss)}
 FAMILIES = VLMS | TEXTS
 WINDOWED = ("gemma2", "gemma3_text", "gpt_oss")
@@ -195,7 +234,8 @@ def is_vlm(model) -> bool:
 
 def inputs(model, prompts: list[list], seed: int = 3, pad_to: int = 0) -> dict:
     """Keywords for `model.generate` and `model.forward` for a batch of prompts, padded on the left."""
-    make_row = {"llava_onevision": _llava, "llava": _llava_1_5}.get(model.config.model_type, _qwen)
+    rows_of = {"llava_onevision": _llava, "llava": _llava_1_5, "longva": _longva, "internvl": _internvl, "opencua": _opencua}
+    make_row = rows_of.get(model.config.model_type, _qwen)
     generator = torch.Generator().manual_seed(seed)
     rows, media = [], {}
     for prompt in prompts:
@@ -255,6 +295,36 @@ def _llava_1_5(model, part, media, generator) -> list[int]:
     return [IMAGE] * 36
 
 
+def _tiles(part) -> int:
+    """Tiles of 32 pixels of an image, frames of a video."""
+    return part.frames if isinstance(part, Video) else -(-part.height // 32) * -(-part.width // 32)
+
+
+def _longva(model, part, media, generator) -> list[int]:
+    count = _tiles(part)
+    video = isinstance(part, Video)
+    pixels = torch.randn(count, 3, 32, 32, generator=generator)
+    media.setdefault("pixel_values_videos" if video else "pixel_values", []).append(pixels)
+    media.setdefault("video_frames" if video else "image_tiles", []).append(torch.tensor([count]))
+    return [VIDEO if video else IMAGE] * (4 * count)
+
+
+def _internvl(model, part, media, generator) -> list[int]:
+    count = _tiles(part)
+    media.setdefault("pixel_values", []).append(torch.randn(count, 3, 32, 32, generator=generator))
+    if isinstance(part, Image):
+        return [VISION_START] + [IMAGE] * (4 * count) + [VISION_END]
+    return [x for i in range(count) for x in [FIRST_TEXT + i % 9, VISION_START] + [IMAGE] * 4 + [VISION_END]]
+
+
+def _opencua(model, part, media, generator) -> list[int]:
+    """Expanded already, as processors of other families do it."""
+    row = []
+    for i in range(part.frames if isinstance(part, Video) else 1):
+        row += [FIRST_TEXT + i % 9] + _qwen(model, Image(part.height, part.width), media, generator)
+    return row
+
+
 def _llava_tiles(model, part) -> int:
     from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
@@ -275,6 +345,8 @@ def second_prompt(model, media_tokens: int = 96) -> list:
         return words(3, 3) + [Image(48, 48)] + words(9, 4)
     if model.config.model_type == "llava_onevision":
         return words(3, 3) + [Image(50, 20), FIRST_TEXT, Video(media_tokens // 4)] + words(4, 4)
+    if model.config.model_type in ("longva", "internvl"):
+        return words(3, 3) + [Image(64, 64), FIRST_TEXT, Video(3)] + words(4, 4)
     return words(9, 3) + [Image(8, 4), FIRST_TEXT, Video(3, 4, 8)] + words(4, 4)
 
 
@@ -284,8 +356,10 @@ def default_prompt(model, media_tokens: int = 96) -> list:
         return words(media_tokens + 12)
     if model.config.model_type == "llava":
         return words(5, 1) + [Image(48, 48), FIRST_TEXT] * max(media_tokens // 36, 1) + words(7, 2)
-    if model.config.model_type == "llava_onevision":
+    if model.config.model_type in ("llava_onevision", "longva"):
         video = Video(max(media_tokens // 4, 1))
+    elif model.config.model_type == "internvl":
+        video = Video(max(media_tokens // 8, 1))  # three tokens of text go with each frame of four
     else:
         video = Video(max(media_tokens // 16, 1), 8, 8)
     return words(5, 1) + [video] + words(7, 2)

@@ -14,7 +14,7 @@ from mmkv._wrap import session
 from mmkv.cache import KIVI, SnapKV
 from mmkv.parts.registry import METHODS
 
-FAMILIES = ("qwen2_5_vl", "llava_onevision", "qwen2_vl", "qwen3_vl")
+FAMILIES = ("qwen2_5_vl", "llava_onevision", "qwen2_vl", "qwen3_vl", "longva", "internvl", "opencua")
 SPECIAL = list(range(FIRST_TEXT))  # a placeholder in an answer would want features
 DROPS = {
     "before": [EveryNth(3)],
@@ -26,8 +26,8 @@ DROPS = {
 
 def prompts(model):
     """Two prompts of different length: one with a video, one with a video and an image."""
-    video = Video(4, 8, 8)
-    image = Image(16, 24) if model.config.model_type == "llava_onevision" else Image(8, 12)
+    video = Video(16 if model.config.model_type == "longva" else 4, 8, 8)
+    image = Image(8, 12) if model.config.model_type.startswith("qwen") else Image(16, 24)
     return inputs(
         model, [words(5) + [video] + words(7, 1), words(3, 2) + [image] + words(4, 3) + [video] + words(6, 4)]
     )
@@ -171,7 +171,7 @@ def test_a_second_turn_brings_new_tokens_only(family, drop):
         total = cache.get_seq_length()
         length = more["input_ids"].shape[1]
         mask = torch.ones(1, total + length, dtype=torch.int64)
-        ids = torch.arange(total, total + length).expand(3, 1, -1) if family != "llava_onevision" else None
+        ids = torch.arange(total, total + length).expand(3, 1, -1) if family.startswith("qwen") else None
         model(**{**more, "attention_mask": mask}, past_key_values=cache, position_ids=ids)
         grown = [layer.keys.shape[2] - n for layer, n in zip(cache.layers, before)]
         assert cache.get_seq_length() == total + length
@@ -449,7 +449,7 @@ def test_the_body_without_its_head_drops_too(family):
         counts = mmkv.report(model).tokens_per_layer
         got = model.model(**given).last_hidden_state
         assert mmkv.report(model).tokens_per_layer == counts
-        assert mmkv.report(model).tokens["video"] > 0
+        assert mmkv.report(model).tokens["image" if family in ("internvl", "opencua") else "video"] > 0
     assert torch.equal(model.lm_head(got), want.logits)
 
 

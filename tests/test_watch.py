@@ -92,6 +92,33 @@ def test_refused(clip, tmp_path, words, said):
     assert len(found.stderr.strip().splitlines()) == 1
 
 
+def test_what_came_before_the_damage_is_kept(clip, tmp_path):
+    """A file that ends in the middle: its error is raised, and all whole frames before it can be asked about."""
+    import mmkv
+    from mmkv._watch import watch
+    from mmkv.video import VideoError
+
+    whole = mmkv.open_video(clip[0], fps=2)
+
+    class Broken:
+        path, sample_fps = whole.path, whole.sample_fps
+
+        def __iter__(self):
+            for number, frame in enumerate(whole):
+                if number == 21:
+                    raise VideoError("damaged")
+                yield frame
+
+    model, processor = tiny.load()
+    store = f"disk:{tmp_path / 'memory'}"
+    with pytest.raises(VideoError, match="damaged"):
+        watch(model, processor, Broken(), store, window=4000, packed=None, tick=lambda n: None)
+    with mmkv.stream(model, processor, store=store, mode="read") as memory:
+        assert memory.frames == 10  # the last picture makes no frame alone
+        assert memory.answer(QUESTION).text
+    assert watch(model, processor, whole, store, window=4000, packed=None, tick=lambda n: None)[0] == 32
+
+
 def test_another_video_is_refused(clip, tmp_path):
     store = f"disk:{tmp_path / 'memory'}"
     run("watch", clip[0], "--store", store)

@@ -112,7 +112,7 @@ class TowerHooks:
                 add(tap.query.register_forward_hook(partial(self._capture, "query", tap)))
                 add(tap.key.register_forward_hook(partial(self._capture, "key", tap)))
                 add(tap.norm.register_forward_pre_hook(partial(self._decide, b)))
-                add(tap.branch.register_forward_hook(self._put_aside))
+                add(tap.branch.register_forward_hook(partial(self._put_aside, tap)))
         if tower.pooled is not None:
             add(tower.pooled.register_forward_hook(self._fill_pruned))
         return self
@@ -209,10 +209,10 @@ class TowerHooks:
             notes=state.notes,
         )
 
-    def _put_aside(self, module, args, output):
+    def _put_aside(self, tap: Tap, module, args, output):
         if self._short is None:
             return None
-        self._branch = output
+        self._branch = output if tap.gain is None else tap.gain * output
         return output.new_zeros(())  # the block adds it to its long hidden states, which nobody uses
 
     def _block_leave(self, b: int, module, args, output):

@@ -6,10 +6,12 @@ import gc
 
 import pytest
 import random_models as rm
+import support
 import torch
 from transformers import DynamicCache
 
 import mmkv
+from mmkv.models import adapter_for
 
 MAIN = ("qwen2_5_vl", "llava_onevision")
 
@@ -26,6 +28,7 @@ def prompts(model, mode):
     return [one] if mode == "lookup" else [one, rm.second_prompt(model)]
 
 
+@pytest.mark.support("modes", by="mode")
 @pytest.mark.parametrize("mode", rm.MODES)
 @pytest.mark.parametrize("family", rm.FAMILIES)
 def test_generate_is_stock(family, mode):
@@ -83,6 +86,7 @@ def turns(model, cache, count=3):
     return tokens
 
 
+@pytest.mark.support("modes", name="turns")
 @pytest.mark.parametrize("owner", ["mmkv.Cache", "DynamicCache"])
 @pytest.mark.parametrize("family", rm.FAMILIES)
 def test_turns_on_one_cache_are_stock(family, owner):
@@ -273,3 +277,11 @@ def test_far_past_a_sliding_window(family, mode):
         given = rm.inputs(model, [rm.words(length)])
         stock, wrapped = both(model, lambda given=given: rm.generate(model, given, mode, new=10))
         assert torch.equal(stock, wrapped), f"prompt of {length}"
+
+
+@pytest.mark.support("modes", name="streaming")
+@pytest.mark.parametrize("family", support.NOT_STREAMED)
+def test_families_that_cannot_be_streamed(family, refused):
+    with pytest.raises(ValueError, match="cannot be streamed") as caught:
+        adapter_for(rm.make(family)).frames_reader(None)
+    refused(caught.value)

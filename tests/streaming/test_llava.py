@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import random_models as rm
 import torch
 from transformers import BatchFeature
@@ -39,6 +40,7 @@ class Processor:
             return BatchFeature({"pixel_values_videos": pixels})
 
 
+@pytest.mark.support("modes", family="llava_onevision", name="streaming")
 def test_a_short_clip_is_answered_as_in_one_pass():
     model, processor = rm.make("llava_onevision"), Processor()
     frames = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)

@@ -4,42 +4,34 @@ from __future__ import annotations
 
 import pytest
 import random_models as rm
+import support
 import torch
+from support import TOKENS
 
 import mmkv
 from mmkv._wrap import session
 from mmkv.cache import VidKV
-from mmkv.parts.registry import METHODS
 
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision", "llava")
-METHODS = {e.name: e.method for e in METHODS.values() if e.kind == "tokens" and getattr(e.method, "for_vlm", True)}
 # settings that do something to the tiny prompts of the tests, where the defaults are made for more tokens or layers
 AT_WORK = {
-    "DiffRate": lambda tower, n: METHODS["DiffRate"](
+    "DiffRate": lambda tower, n: TOKENS["DiffRate"](
         prune=(n - 2,) * len(tower), merge=(n - 4,) * len(tower), scores="cls" if tower.has_cls else "received"
     ),
-    "SparseVLM": lambda tower, n: METHODS["SparseVLM"](layers=(0, 1), keep=(0.6, 0.4)),
-    "VisionZip": lambda tower, n: METHODS["VisionZip"](dominant=0.3, contextual=0.1),
+    "SparseVLM": lambda tower, n: TOKENS["SparseVLM"](layers=(0, 1), keep=(0.6, 0.4)),
+    "VisionZip": lambda tower, n: TOKENS["VisionZip"](dominant=0.3, contextual=0.1),
 }
-CLASSIFIER_ONLY = ("ToMe", "DiffRate")  # merge inside towers, and not in those that hold on to every patch
+CASES = support.token_cases()
 
 
 def setting(name: str, model):
     """The method at work on a model."""
     if name in AT_WORK:
-        tower = session(mmkv.wrap(model, tokens=[METHODS["Uniform"]()])).looking.tower
+        tower = session(mmkv.wrap(model, tokens=[TOKENS["Uniform"]()])).looking.tower
         mmkv.unwrap(model)
-        vision = model.config.vision_config
-        n = (vision.image_size // vision.patch_size) ** 2 + tower.prefix if hasattr(vision, "image_size") else 0
+        patches = 36 if model.config.model_type == "llava" else 16
+        n = patches + tower.prefix
         return AT_WORK[name](tower, n)
-    return METHODS[name]()
-
-
-def works_on(name: str, family: str) -> bool:
-    return name not in CLASSIFIER_ONLY or family in ("llava_onevision", "llava")
-
-
-CASES = [(name, family) for family in FAMILIES for name in METHODS if works_on(name, family)]
+    return TOKENS[name]()
 
 
 def batch(model):
@@ -65,6 +57,7 @@ def test_keeping_everything_is_stock(name, family):
         assert torch.equal(model(**given).logits, want)
 
 
+@pytest.mark.support("tokens", modes=tuple(rm.MODES))
 @pytest.mark.parametrize(("name", "family"), CASES)
 def test_at_work(name, family):
     """Fewer tokens go through the decoder, or through the tower; a row alone answers as it does beside another."""
@@ -83,10 +76,13 @@ def test_at_work(name, family):
         assert torch.equal(answers["greedy"][0, length:], single[0, alone["input_ids"].shape[1] :])
         found = mmkv.report(model)
         hooks = session(model).looking.hooks
-        merged = name in CLASSIFIER_ONLY and hooks.state.tokens_per_block[-1] < hooks.state.n0
+        if (name, family) in support.IDLE:
+            assert not session(model).dropping.trace.kept
+        merged = name in support.IN_TOWER and hooks.state.tokens_per_block[-1] < hooks.state.n0
         assert merged or found.tokens_per_layer[-1] < found.tokens_seen
 
 
+@pytest.mark.support("tokens", modes=("turns",))
 @pytest.mark.parametrize(("name", "family"), CASES)
 def test_a_second_turn_feeds_new_tokens_only(name, family):
     model = rm.make(family)
@@ -125,3 +121,13 @@ def test_with_a_cache_method(name, family):
         assert both.kv_bytes < 0.8 * tokens.kv_bytes
     else:
         assert both.kv_bytes <= tokens.kv_bytes
+
+
+@pytest.mark.support("tokens")
+@pytest.mark.parametrize(("name", "family"), support.token_refusals())
+def test_towers_that_hold_on_to_every_patch(name, family, refused):
+    model = rm.make(family)
+    with pytest.raises(ValueError) as caught:
+        mmkv.wrap(model, tokens=[TOKENS[name]()])
+    assert "\n" not in str(caught.value)
+    refused(caught.value)
