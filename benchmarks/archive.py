@@ -22,7 +22,7 @@ from common import environment, save
 from rich.console import Console
 from rich.table import Table
 
-from mmkv.streaming.store import PACKED, Chunk, Key, open_store
+from mmkv.streaming.store import FORMATS, Chunk, Key, open_store
 
 SHAPE = dict(layers=28, heads=4, dim=128, value_dim=128, tokens_per_frame=196)
 HOUR = 1800  # frames at 0.5 per second
@@ -108,7 +108,7 @@ def show(result: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=36)
-    parser.add_argument("--formats", nargs="+", default=["dense", *PACKED], choices=["dense", *PACKED])
+    parser.add_argument("--formats", nargs="+", default=["dense", *FORMATS], choices=["dense", *FORMATS])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", help="where to write; a temporary folder if left out")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "archive.json"))

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mmkv.streaming.answer import Answer
+from mmkv.streaming.pieces import batches
+from mmkv.streaming.store import cache_of
 from mmkv.streaming.stream import stream
 from mmkv.video import Video
 
@@ -31,28 +33,19 @@ def watch(
         clip: the video, at the pictures per second that are watched.
         store: "disk:PATH".
         window: tokens that a frame sees.
-        packed: format of keys and values.
+        packed: name of the format of keys and values, as `mmkv.streaming.store.FORMATS` has them; None for none.
         tick: called with the number of pictures that were taken in.
     """
     content = content_of(clip.path, clip.sample_fps)
     with stream(
-        model, processor, store=store, window=window, packed=packed, fps=clip.sample_fps, video=content
+        model, processor, store=store, window=window, cache=cache_of(packed), fps=clip.sample_fps, video=content
     ) as memory:
         done = memory.frames * memory.reader.pictures
         tick(done)
-        pictures, times = [], []
-        for number, frame in enumerate(clip):
-            if number < done:
-                continue
-            pictures.append(frame.image)
-            times.append(number / clip.sample_fps)
-            if len(pictures) == MOST_AT_A_TIME:
-                memory.watch(pictures, times)
-                tick(len(pictures))
-                pictures, times = [], []
-        if pictures:
-            memory.watch(pictures, times)
-            tick(len(pictures))
+        new = ((frame.image, n / clip.sample_fps) for n, frame in enumerate(clip) if n >= done)
+        for batch in batches(new, MOST_AT_A_TIME):
+            memory.watch([picture for picture, _ in batch], [time for _, time in batch])
+            tick(len(batch))
         return memory.frames, memory.bytes()
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from mmkv.demos.page.memory import History, jpeg
 from mmkv.streaming.answer import Answer
+from mmkv.streaming.pieces import batches
 from mmkv.streaming.stream import Stream
 
 LOG = logging.getLogger("mmkv.demos.page")
@@ -147,7 +148,7 @@ class Session:
     def _run(self, pictures: Iterable[tuple[np.ndarray, float]], size: int) -> None:
         state, error = "done", ""
         try:
-            for batch in _batches(pictures, size * self.stream.reader.pictures):
+            for batch in batches(pictures, size * self.stream.reader.pictures):
                 self._asking.wait()
                 if self._stop.is_set():
                     state = "stopped"
@@ -203,8 +204,7 @@ class Session:
                 raise ValueError("this video was closed; choose another")
             if not self.stream.frames:
                 raise ValueError("nothing was watched yet; ask when the first frame is there")
-            self.stream.retrieve, self.stream.by = retrieve, method
-            reply = self.stream.ask(question)
+            reply = self.stream.ask(question, retrieve=retrieve, by=method)
             for piece in reply:
                 if waiting:
                     waiting = False
@@ -242,26 +242,6 @@ class Session:
                 self.thumbs.clear()
                 if self._folder is not None:
                     shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _batches(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of `size`; when the items end with an error, those before it come first."""
-    batch: list = []
-    items = iter(items)
-    while True:
-        try:
-            batch.append(next(items))
-        except StopIteration:
-            break
-        except Exception:
-            if batch:
-                yield batch
-            raise
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def one_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from mmkv.demos.page.options import Controls, Limits, disk_folder
 from mmkv.demos.page.session import BATCH, Session
 from mmkv.demos.page.uploads import open_upload, pictures, shrink
+from mmkv.streaming.store import cache_of
 from mmkv.streaming.stream import Stream
 
 IDLE = 15 * 60  # seconds after which a user who left without a word is forgotten
@@ -109,8 +110,8 @@ class Visitors:
             store = f"disk:{folder / 'store'}" if controls.store == "disk" else "ram"
             stream = Stream(
                 self.model, self.processor, window=controls.window, retrieve=controls.retrieve, by=controls.method,
-                packed=None if controls.packed == "none" else controls.packed, store=store, fps=self.limits.fps,
-                encode=BATCH,
+                cache=cache_of(None if controls.packed == "none" else controls.packed), store=store,
+                fps=self.limits.fps, encode=BATCH,
             )  # fmt: skip
             self._open += 1
             session = Session(stream, name, lambda: self._released(stream), folder, self.limits.gibibytes * 2**30)

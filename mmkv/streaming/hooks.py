@@ -41,7 +41,7 @@ class StreamHooks:
             elif not isinstance(found, cls):
                 name = type(adapter.model).__name__
                 raise ValueError(
-                    f"this {name} is wrapped; call mmkv.unwrap(model) first (a stream packs by packed=...)"
+                    f"this {name} is wrapped; call mmkv.unwrap(model) first (a stream packs by its own cache=[...])"
                 )
             found.streams += 1
             return found

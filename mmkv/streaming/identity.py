@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 
+import numpy as np
 import torch
+
+from mmkv.streaming.store import advance
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -19,6 +22,14 @@ def fingerprint(model: torch.nn.Module) -> str:
         some = flat[:: max(flat.numel() // 64, 1)][:64]
         digest.update(some.float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def content_after(content: str | None, pictures: np.ndarray, frames: int) -> str:
+    """The hash of a stream's pictures behind F further frames, uint8 `[F * p, H, W, 3]`, from the one before."""
+    content = content or ""
+    for frame in np.split(pictures, frames):
+        content = advance(content, np.ascontiguousarray(frame).data)
+    return content
 
 
 def preprocessing(processor, about: dict) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 class Pieces:
@@ -88,3 +91,23 @@ def _each(pictures) -> Iterator[np.ndarray]:
         raise ValueError(f"{type(pictures).__name__} holds no pictures; give uint8 arrays [H, W, 3]")
     for part in pictures:
         yield from _each(part)
+
+
+def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size`; when the items end with an error, those before it come first."""
+    batch: list[T] = []
+    each = iter(items)
+    while True:
+        try:
+            batch.append(next(each))
+        except StopIteration:
+            break
+        except Exception:
+            if batch:
+                yield batch
+            raise
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

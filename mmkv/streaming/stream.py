@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from mmkv.cache import CacheMethod
 from mmkv.models import adapter_for
+from mmkv.parts.budget import bytes_of
 from mmkv.parts.storage import storage_bytes
-from mmkv.streaming.answer import Answer, Reply, Retrieved, clock
-from mmkv.streaming.cache import Pass, StreamCache
-from mmkv.streaming.choosing import FIXED, SIMILARITIES, best, fixed, representatives, scores
+from mmkv.streaming.answer import Answer, Reply, clock
+from mmkv.streaming.chooser import Choice, Chooser, Retriever
+from mmkv.streaming.choosing import representatives
+from mmkv.streaming.decoder import Decoder
 from mmkv.streaming.hooks import StreamHooks
-from mmkv.streaming.identity import fingerprint, preprocessing, told
+from mmkv.streaming.identity import content_after, fingerprint, preprocessing, told
+from mmkv.streaming.options import check_options
 from mmkv.streaming.pieces import Pieces
 from mmkv.streaming.positions import Positions
 from mmkv.streaming.reading import Answering, Retrieving
-from mmkv.streaming.rotary import Rotary
-from mmkv.streaming.store import Chunk, DamagedFrames, Key, Store, advance, open_store, peek
-from mmkv.streaming.text import TextPieces
+from mmkv.streaming.store import Chunk, Key, Store, open_store, packed_by, peek
 from mmkv.streaming.writing import Writing
 
 
@@ -30,12 +33,14 @@ class Stream:
     Args:
         model, processor: a Qwen2-VL, Qwen2.5-VL or LLaVA-OneVision model and its processor.
         window: tokens that a frame sees while it is written.
-        retrieve: frames that each layer brings back for a question.
+        retrieve: frames that each layer brings back for a question, unless `ask` is told otherwise.
         store: "ram", or "disk:PATH" for a folder that outlives the process.
-        packed: format of stored keys and values: None (the model's dtype), "int8", "int4", "int2".
+        cache: how stored keys and values are packed: `[KIVI(bits=8)]`, `[KIVI(bits=4)]`, `[KIVI(bits=2)]` or `[VidKV()]`; with
+            none they stay in the model's dtype.
+        ram_bytes: most bytes of frames in RAM, or "2GiB"; over a folder of those used last. None: half of the memory, or 4 GiB.
         by: "cosine" (the paper's similarity) or "dot" (its code's), by which each layer chooses its frames; "uniform" or
             "recent" frames, for comparison; or a retriever with `see(pictures, times)` and `choose(question, count)`, one choice
-            for all layers.
+            for all layers. Also unless `ask` is told otherwise, as is `group`.
         group: consecutive frames that are chosen together.
         fps: pictures per second, where `watch` is not told times.
         encode: frames that go through the model at a time.
@@ -50,26 +55,19 @@ class Stream:
     """
 
     def __init__(
-        self, model, processor, *, window: int = 15000, retrieve: int = 64, store: str = "ram", packed: str | None = None,
-        by="cosine", group: int = 1, fps: float = 1.0, encode: int = 8, resume: bool = True, video: str = "",
-        mode: str = "write",
+        self, model, processor, *, window: int = 15000, retrieve: int = 64, store: str = "ram",
+        cache: Sequence[CacheMethod] = (), ram_bytes: int | str | None = None, by: str | Retriever = "cosine", group: int = 1,
+        fps: float = 1.0, encode: int = 8, resume: bool = True, video: str = "", mode: str = "write",
     ):  # fmt: skip
-        for name, value in (("window", window), ("retrieve", retrieve), ("group", group), ("encode", encode)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}={value!r}; possible are whole numbers from 1")
-        if not isinstance(fps, (int, float)) or not 0 < fps <= 1000:
-            raise ValueError(f"fps={fps!r}; possible are numbers above 0, up to 1000")
-        if isinstance(by, str) and by not in SIMILARITIES + FIXED:
-            raise ValueError(f"by={by!r}; possible are {', '.join(SIMILARITIES + FIXED)}, or a retriever")
-        if group > retrieve:
-            raise ValueError(f"group={group} with retrieve={retrieve}; a group has to fit into what is brought back")
+        check_options(window, encode, fps, mode)
+        self.choice = Choice(retrieve, by, group)
+        self._packed = packed_by(cache)
+        self._ram_bytes = None if ram_bytes is None else bytes_of(ram_bytes, "ram_bytes")
         self.model, self.processor, self.adapter = model, processor, adapter_for(model)
         self.reader = self.adapter.frames_reader(processor)
-        self.window, self.retrieve, self.by, self.group = window, retrieve, by, group
-        self.fps, self.encode = fps, encode
-        self.rotary = Rotary(self.adapter)
-        self._store_at, self._packed, self._resume, self._video, self.mode = store, packed, resume, video, mode
-        self._layers = len(self.adapter.text_model.layers)
+        self.window, self.fps, self.encode = window, fps, encode
+        self.decoder = Decoder(self.adapter, processor.tokenizer)
+        self._store_at, self._resume, self._video, self.mode = store, resume, video, mode
         self._writing: Writing | None = None
         self._pieces = Pieces(self.reader.pictures, fps)
         self._lock = threading.RLock()
@@ -107,9 +105,8 @@ class Stream:
         return [] if self.store is None else self.store.times
 
     def watch(self, pictures, times: Sequence[float] | float | None = None) -> int:
-        """Take in one picture, several, or an iterable of them; returns how many frames are safely stored.
-
-        What makes no whole frame yet (of a Qwen model, which reads pictures in pairs) waits for the next call.
+        """Take in pictures; returns how many frames are safely stored. What makes no whole frame yet (of a Qwen model, which
+        reads pictures in pairs) waits for the next call.
 
         Args:
             pictures: uint8 `[H, W, 3]`, `[T, H, W, 3]`, or an iterable of either.
@@ -127,11 +124,16 @@ class Stream:
                 self._write(batch, stamps)
             return self.frames
 
-    def ask(self, question: str, *, max_new_tokens: int = 128, **options) -> Reply:
+    def ask(
+        self, question: str, *, retrieve: int | None = None, by: str | Retriever | None = None, group: int | None = None,
+        max_new_tokens: int = 128, **options,
+    ) -> Reply:  # fmt: skip
         """Ask about all that was watched so far; the memory is not changed by it.
 
         Args:
             question: plain text.
+            retrieve, by, group: as for the stream, for this question alone; None for the stream's. A retriever has seen the
+                frames only where it is the stream's.
             max_new_tokens: of the answer.
             options: of `generate` (`do_sample`, `temperature` ...); greedy without.
 
@@ -139,9 +141,13 @@ class Stream:
             a `Reply`: iterate over it for text as it comes, or call `answer()`.
 
         Raises:
-            ValueError: nothing was watched yet, or the question is longer than the window.
+            ValueError: nothing was watched yet, the question is longer than the window, or an option is out of range.
         """
         self._open()
+        told = dict(retrieve=retrieve, by=by, group=group)
+        choice = replace(self.choice, **{name: value for name, value in told.items() if value is not None})
+        if not isinstance(choice.by, str) and choice.by is not self.choice.by:
+            raise ValueError("by: this retriever has not seen the frames; give it to mmkv.stream(by=...)")
         if not self.frames:
             raise ValueError("ask before any frame is stored; call watch first")
         if not question.strip():
@@ -152,7 +158,7 @@ class Stream:
                 f"the question has {len(prompt)} tokens, more than the window of {self.window}; shorten it"
             )
         options = {"do_sample": False, **options, "max_new_tokens": max_new_tokens}
-        return Reply(lambda put: self._answer(question, ids, prompt, options, put))
+        return Reply(lambda put: self._answer(choice, question, ids, prompt, options, put))
 
     def answer(self, question: str, **options) -> Answer:
         """The whole answer to a question, as `ask(question).answer()`."""
@@ -185,19 +191,16 @@ class Stream:
         try:
             self._forward(features.flatten(0, 1)[None])
             keys, values = zip(*self._writing.written)
-            n = self._writing.positions.per_frame
-            index = torch.stack([representatives(k, n) for k in keys])
-            content = self.store.content or ""
-            for frame in np.split(pictures, len(times)):
-                content = advance(content, np.ascontiguousarray(frame).data)
+            index = torch.stack([representatives(k, features.shape[1]) for k in keys])
+            content = content_after(self.store.content, pictures, len(times))
             self.store.append(Chunk(list(keys), list(values), index, times), content)
         except BaseException:
             self._writing.seen, self._writing.held = before  # the window forgets what the store does not have
             raise
         finally:
-            self._writing.written = [None] * self._layers
-        if not isinstance(self.by, str):
-            self.by.see(pictures, times)
+            self._writing.written = [None] * self.decoder.layers
+        if not isinstance(self.choice.by, str):
+            self.choice.by.see(pictures, times)
 
     @torch.no_grad()
     def _begin(self, grid: tuple[int, int]) -> None:
@@ -208,9 +211,9 @@ class Stream:
             raise ValueError(
                 f"window={self.window}; a frame has {positions.per_frame} tokens, the prompt before it {len(init)}: give more"
             )
-        self._writing = Writing(self.rotary, self._layers, self.window)
+        self._writing = Writing(self.decoder.rotary, self.decoder.layers, self.window)
         try:
-            self._forward(self._embeds(init))
+            self._forward(self.decoder.embeds(init))
             self._writing.positions = positions
             self.store = self._stored(positions, init)
         except BaseException:
@@ -224,16 +227,14 @@ class Stream:
         video = None if self.mode == "read" else self._video
         key = Key(fingerprint(self.model), preprocessing(self.processor, about), video)
         return open_store(
-            self._store_at, key, layers=self._layers, heads=keys.shape[1], dim=keys.shape[3], value_dim=values.shape[3],
+            self._store_at, key, layers=self.decoder.layers, heads=keys.shape[1], dim=keys.shape[3], value_dim=values.shape[3],
             tokens_per_frame=positions.per_frame, dtype=keys.dtype, device=keys.device, packed=self._packed,
-            resume=self._resume, mode=self.mode,
+            ram_bytes=self._ram_bytes, resume=self._resume, mode=self.mode,
         )  # fmt: skip
 
     @torch.no_grad()
     def _go_on(self) -> None:
         """Go on with what a folder holds: its frames can be asked about, and the window is as it was."""
-        if self.mode not in ("write", "read"):
-            raise ValueError(f"mode={self.mode!r}; possible are 'write', 'read'")
         if not self._store_at.startswith("disk:"):
             return
         try:
@@ -246,22 +247,15 @@ class Stream:
         if self.mode == "read":
             self.window, self.fps, self._packed = about["window"], about["fps"], found["shape"]["packed"]
         self._begin(tuple(about["grid"]))
-        n, frames = self._writing.positions.per_frame, self.store.frames
-        self._writing.seen += frames * n
-        newest = range(max(frames - -(-self.window // n), 0), frames)
-        if self.mode == "read" or not frames:
+        self._writing.seen += self.store.frames * self._writing.positions.per_frame
+        if self.mode == "read" or not self.store.frames:
             return
+        newest = self._writing.newest_frames()
         if set(newest) & set(self.store.damaged):
             raise ValueError(
                 f"{self._store_at}: frames that the window needs are damaged; read it, or watch the video anew"
             )
-        for layer, (init_keys, init_values) in enumerate(self._writing.init):
-            keys, values = (x[None].to(init_keys.dtype) for x in self.store.fetch(layer, newest))
-            keys, values = torch.cat([init_keys, keys], 2), torch.cat([init_values, values], 2)
-            # the prompt stands before the first frame: it is in the window only where all frames are
-            first = 0 if newest.start == 0 else init_keys.shape[2]
-            keep = slice(max(keys.shape[2] - self.window, first), None)
-            self._writing.held[layer] = keys[:, :, keep].clone(), values[:, :, keep].clone()
+        self._writing.refill(newest, self.store.fetch)
         self._pieces.go_on(self.store.times[-1])
 
     def refresh(self) -> int:
@@ -272,94 +266,25 @@ class Stream:
 
     def _forward(self, embeds: torch.Tensor) -> None:
         """Run embeddings `[1, T, C]` through the decoder, which writes."""
-        self._decode(embeds, self._writing)
+        self.decoder.run(embeds, self._writing)
         self._writing.seen += embeds.shape[1]
 
-    def _decode(self, embeds: torch.Tensor, way: Pass) -> None:
-        """Run embeddings `[1, T, C]` through the decoder, for what a pass makes of them."""
-        ids = torch.arange(embeds.shape[1], device=embeds.device).expand(self.adapter.axes, 1, -1)
-        self.adapter.text_model(
-            inputs_embeds=embeds,
-            position_ids=ids if self.adapter.axes > 1 else ids[0],  # nothing is rotated by them
-            past_key_values=StreamCache(way, self._layers),
-            use_cache=True,
-        )
-
-    def _embeds(self, ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings `[1, T, C]` of text."""
-        return self.adapter.text_model.get_input_embeddings()(ids.to(self.model.device))[None]
-
     @torch.no_grad()
-    def _answer(self, question: str, ids: torch.Tensor, prompt: torch.Tensor, options: dict, put) -> Answer:
+    def _answer(
+        self, choice: Choice, question: str, ids: torch.Tensor, prompt: torch.Tensor, options: dict, put
+    ) -> Answer:
         begun = clock()
         with self._lock:  # frames that come while it chooses wait
-            chooser = _Chooser(self, question)
-            positions = self._writing.positions
-            retrieving = Retrieving(self.rotary, positions, chooser.bring, self._writing.init)
-            self._decode(self._embeds(ids), retrieving)
+            chooser = Chooser(self.store, choice, question)
+            rotary, positions = self.decoder.rotary, self._writing.positions
+            retrieving = Retrieving(rotary, positions, chooser.bring, self._writing.init)
+            self.decoder.run(self.decoder.embeds(ids), retrieving)
             held = self.bytes()
         seconds = {"retrieve": clock() - begun}
-        answering = Answering(self.rotary, positions, retrieving.contexts, [len(f) for f in retrieving.frames])
-        prompt = prompt.to(self.model.device)[None]
-        streamer = TextPieces(self.processor.tokenizer, put)
-        out = self.model.generate(
-            input_ids=prompt, attention_mask=torch.ones_like(prompt), past_key_values=StreamCache(answering, self._layers),
-            streamer=streamer, **options,
-        )  # fmt: skip
-        new = out[0, prompt.shape[1] :]
-        seconds |= {"first_token": streamer.first - begun, "answer": clock() - begun}
-        text = self.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
-        return Answer(text, chooser.found(), seconds, held, len(new))
-
-
-class _Chooser:
-    """Chooses frames for one question and remembers them."""
-
-    def __init__(self, stream: Stream, question: str):
-        self.stream, self.question = stream, question
-        self.without = set(stream.store.damaged)
-        self._once: list[int] | None = None
-        self._score: dict[int, list[float]] = {}
-
-    def bring(self, layer: int, queries: torch.Tensor) -> tuple[list[int], torch.Tensor, torch.Tensor]:
-        """The frames that a layer chooses, their keys and values; frames that turn out to be damaged are passed over."""
-        store = self.stream.store
-        while True:
-            frames, values = self._choose(layer, queries)
-            try:
-                found = store.fetch(layer, frames)
-            except DamagedFrames:
-                self.without, self._once = set(store.damaged), None
-                continue
-            for frame, value in zip(frames, values):
-                self._score.setdefault(frame, []).append(value)
-            if self._once is not None and layer + 1 < store.layers:  # the next layer's frames are known before it runs
-                store.prefetch(layer + 1, frames)
-            return frames, *found
-
-    def _choose(self, layer: int, queries: torch.Tensor) -> tuple[list[int], list[float]]:
-        """Frames, ascending, and how well each answers."""
-        stream, count = self.stream, self.stream.retrieve
-        if stream.by in SIMILARITIES:
-            found = scores(queries, stream.store.index[layer], stream.store.heads, stream.by)
-            frames = best(found, count, stream.group, self.without)
-            return frames, found[frames].tolist()
-        if self._once is None:
-            self._once = self._of_all_layers(count)
-        return self._once, [0.0] * len(self._once)
-
-    def _of_all_layers(self, count: int) -> list[int]:
-        if self.stream.by in FIXED:
-            return fixed(self.stream.by, self.stream.frames, count, self.without)
-        chosen = sorted(set(self.stream.by.choose(self.question, count)))
-        if not all(0 <= f < self.stream.frames for f in chosen):
-            raise ValueError(f"the retriever chose frames {chosen}; there are 0 to {self.stream.frames - 1}")
-        return [f for f in chosen if f not in self.without]
-
-    def found(self) -> tuple[Retrieved, ...]:
-        """All frames that any layer chose, in order of time."""
-        times = self.stream.times
-        return tuple(Retrieved(f, times[f], sum(s) / len(s), len(s)) for f, s in sorted(self._score.items()))
+        answering = Answering(rotary, positions, retrieving.contexts, [len(f) for f in retrieving.frames])
+        text, tokens, first = self.decoder.generate(prompt, answering, put, options)
+        seconds |= {"first_token": first - begun, "answer": clock() - begun}
+        return Answer(text, chooser.found(), seconds, held, tokens)
 
 
 def stream(model, processor, **options) -> Stream:

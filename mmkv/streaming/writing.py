@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from mmkv.kernels import attend_dense, merge
@@ -66,6 +68,27 @@ class Writing:
         # clones, or a window would keep the tokens before it alive
         self.held[layer] = keys[:, :, keep].clone(), values[:, :, keep].clone()
         return torch.cat(parts, 2)
+
+    def newest_frames(self) -> range:
+        """Frames of which the window holds any token."""
+        n = self.positions.per_frame
+        frames = (self.seen - self.positions.init) // n
+        return range(max(frames - -(-self.window // n), 0), frames)
+
+    def refill(self, newest: range, fetch: Callable) -> None:
+        """Make the window what it was when those were the newest frames.
+
+        Args:
+            newest: as `newest_frames` says.
+            fetch: `fetch(layer, frames)` gives keys and values `[Hkv, F * n, D]`.
+        """
+        for layer, (init_keys, init_values) in enumerate(self.init):
+            keys, values = (x[None].to(init_keys.dtype) for x in fetch(layer, newest))
+            keys, values = torch.cat([init_keys, keys], 2), torch.cat([init_values, values], 2)
+            # the prompt stands before the first frame: it is in the window only where all frames are
+            first = 0 if newest.start == 0 else init_keys.shape[2]
+            keep = slice(max(keys.shape[2] - self.window, first), None)
+            self.held[layer] = keys[:, :, keep].clone(), values[:, :, keep].clone()
 
     def _init(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The prompt's keys as the far part sees them: with one axis all at position 0, unrotated."""

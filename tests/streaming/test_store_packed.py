@@ -6,7 +6,7 @@ import pytest
 import torch
 from streaming_stores import SHAPE, chunk, frame, opened
 
-from mmkv.streaming.store import PACKED, Chunk, Shape
+from mmkv.streaming.store import FORMATS, Chunk, Shape
 from mmkv.streaming.store.records import record
 
 BITS = dict(int8=8, int4=4, int2=2)
@@ -35,7 +35,7 @@ def test_keys_are_packed_per_channel_of_a_frame_and_values_per_token(packed):
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 12, 196, 257, 600])
-@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("packed", FORMATS)
 def test_any_number_of_tokens_comes_back(packed, tokens):
     """Groups are cut evenly and do not straddle frames; errors stay within what the bits allow."""
     shape = dict(SHAPE, layers=1, dim=32, value_dim=32, tokens_per_frame=tokens)
@@ -49,7 +49,7 @@ def test_any_number_of_tokens_comes_back(packed, tokens):
         assert error < dict(int8=0.02, int4=0.2, int2=0.75, vidkv=0.75)[packed]
 
 
-@pytest.mark.parametrize("packed", [None, *PACKED])
+@pytest.mark.parametrize("packed", [None, *FORMATS])
 def test_a_frame_is_decoded_alone(packed):
     """Whatever the frames around it in a fetch are, and whatever its chunk's other rows hold."""
     with opened("ram", packed=packed) as store:

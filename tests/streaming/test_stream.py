@@ -9,7 +9,7 @@ import torch
 import mmkv
 from mmkv.models import tiny
 from mmkv.models.tiny import answer, world
-from mmkv.streaming.cache import StreamCache
+from mmkv.streaming.chooser import Chooser
 from mmkv.streaming.reading import Answering, Retrieving
 
 QUESTION = "which colour appears first?"
@@ -34,26 +34,17 @@ def stock(model, processor, frames, question, fps=2.0):
 
 def first_logits(stream, question):
     """Logits with which a stream's answer begins, and the frames of each layer."""
-    from mmkv.streaming.stream import _Chooser
-
-    model = stream.model
-    embed = stream.adapter.text_model.get_input_embeddings()
-    positions = stream._writing.positions
-    retrieving = Retrieving(stream.rotary, positions, _Chooser(stream, question).bring, stream._writing.init)
-    layers = len(stream.adapter.text_model.layers)
-
-    def run(way, ids):
-        where = torch.arange(len(ids)).expand(3, 1, -1)
-        cache = StreamCache(way, layers)
-        return stream.adapter.text_model(inputs_embeds=embed(ids)[None], position_ids=where, past_key_values=cache)
-
+    decoder, positions = stream.decoder, stream._writing.positions
+    chooser = Chooser(stream.store, stream.choice, question)
+    retrieving = Retrieving(decoder.rotary, positions, chooser.bring, stream._writing.init)
     with torch.no_grad():
-        run(retrieving, stream.reader.ids(question))
-        answering = Answering(stream.rotary, positions, retrieving.contexts, [len(f) for f in retrieving.frames])
-        out = run(answering, stream.reader.prompt(question)[1])
-        return model.lm_head(out.last_hidden_state[0, -1]), retrieving.frames
+        decoder.run(decoder.embeds(stream.reader.ids(question)), retrieving)
+        answering = Answering(decoder.rotary, positions, retrieving.contexts, [len(f) for f in retrieving.frames])
+        out = decoder.run(decoder.embeds(stream.reader.prompt(question)[1]), answering)
+        return stream.model.lm_head(out[0, -1]), retrieving.frames
 
 
+@pytest.mark.support("modes", family="qwen2_5_vl", name="streaming")
 @pytest.mark.parametrize("encode", [1, 3, 8])
 def test_a_short_clip_is_answered_as_by_the_model(loaded, video, encode):
     """Check 1: window and retrieval hold all there is; logits equal one causal pass over [prompt, frames, question]."""
@@ -127,10 +118,10 @@ def test_keys_are_stored_unrotated(loaded, video):
         contexts = {}
         for frames in ([3, 9], [9]):
             told.frames = frames
-            from mmkv.streaming.stream import _Chooser
-
-            chooser = _Chooser(stream, QUESTION)
-            retrieving = Retrieving(stream.rotary, stream._writing.positions, chooser.bring, stream._writing.init)
+            chooser = Chooser(stream.store, stream.choice, QUESTION)
+            retrieving = Retrieving(
+                stream.decoder.rotary, stream._writing.positions, chooser.bring, stream._writing.init
+            )
             q = torch.randn(1, 4, 2, 64)
             k = v = torch.randn(1, 2, 2, 64)
             retrieving.attend(0, q, k, v, 0.1)
@@ -260,8 +251,12 @@ def test_a_window_smaller_than_a_frame(loaded, video):
 def test_models_that_cannot_be_streamed(loaded):
     import random_models as rm
 
-    with pytest.raises(ValueError, match="cannot be streamed"):
-        mmkv.stream(rm.make("llama"), loaded[1])
+    for family, said in (("llama", "possible are Qwen2-VL"), ("qwen3_vl", "a timestamp of 6 to 10 tokens")):
+        model = rm.make(family)
+        with pytest.raises(ValueError, match=f"cannot be streamed.*{said}") as caught:
+            mmkv.stream(model, loaded[1])
+        assert "\n" not in str(caught.value)
+        assert not hasattr(model, "_mmkv")
 
 
 def test_a_folder_goes_on_as_if_never_closed(loaded, video, tmp_path):

@@ -8,7 +8,9 @@ from .damage import DamagedFrames
 from .folder import peek
 from .key import Key, advance
 from .opening import open_store
-from .records import PACKED
+from .packing import FORMATS, cache_of, packed_by
 from .store import Store
 
-__all__ = ["PACKED", "Chunk", "DamagedFrames", "Key", "Shape", "Store", "advance", "open_store", "peek"]
+__all__ = [
+    "FORMATS", "Chunk", "DamagedFrames", "Key", "Shape", "Store", "advance", "cache_of", "open_store", "packed_by", "peek",
+]  # fmt: skip

@@ -36,7 +36,9 @@ def peek(where: str) -> dict[str, Any]:
     try:
         found = json.loads((path / "store.json").read_text())
         if found["version"] != _VERSION:
-            raise ValueError(f"{path} is a store of version {found['version']}; this release reads {_VERSION}; watch the video anew")
+            raise ValueError(
+                f"{path} is a store of version {found['version']}; this release reads {_VERSION}; watch the video anew"
+            )
         return dict(key=dict(found["key"]), shape=dict(found["shape"]), id=str(found["id"]))
     except FileNotFoundError:
         raise ValueError(f"{path} holds no store; watch a video with this store first") from None

@@ -12,15 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmkv.cache import KIVI, VidKV
 from mmkv.cache.formats import Packer, PackFormat
 from mmkv.kernels import Blocks, Spec, unpack_blocks
 
 from .chunk import DTYPES, Shape
+from .packing import format_for
 
 ALIGN = 16  # bytes; a field can then be viewed in any dtype
-PACKED = ("int8", "int4", "int2", "vidkv")
-MOST_GROUP = 256  # tokens that share a scale; longer frames are cut evenly
 
 
 class Field(NamedTuple):
@@ -170,9 +168,4 @@ def record(shape: Shape) -> Record:
     """The record of a shape."""
     if shape.packed is None:
         return Dense(shape)
-    if shape.packed not in PACKED:
-        raise ValueError(f"packed {shape.packed!r}: possible are None, {', '.join(map(repr, PACKED))}")
-    blocks = -(-shape.tokens // MOST_GROUP)
-    group = max(-(-shape.tokens // blocks), 8)
-    method = VidKV(group=group) if shape.packed == "vidkv" else KIVI(bits=int(shape.packed[3:]), group=group)
-    return Packed(shape, method.formats()[0])
+    return Packed(shape, format_for(shape.packed, shape.tokens))
