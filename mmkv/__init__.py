@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mmkv._presets import methods, presets
     from mmkv._report import Report, report
     from mmkv._wrap import unwrap, wrap, wrapped
+    from mmkv.agents.agent import agent
     from mmkv.cache import Cache
     from mmkv.streaming.stream import stream
     from mmkv.video import open_video
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "agent": "mmkv.agents.agent",
     "wrap": "mmkv._wrap",
     "unwrap": "mmkv._wrap",
     "wrapped": "mmkv._wrap",
@@ -36,12 +38,13 @@ _HOME = {
     "open_video": "mmkv.video",
     "stream": "mmkv.streaming.stream",
 }
-_ROOMS = {"cache", "demos", "eval", "kernels", "models", "parts", "streaming", "tokens", "video"}
+_ROOMS = {"agents", "cache", "demos", "eval", "kernels", "models", "parts", "streaming", "tokens", "video"}
 
 __all__ = [
     "Cache",
     "Report",
     "__version__",
+    "agent",
     "methods",
     "open_video",
     "presets",

@@ -14,6 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from mmkv import _paint_commands as painting
+from mmkv.eval import cli as evaluation
+
 app = typer.Typer(
     help="Long video in a fraction of the KV cache.",
     no_args_is_help=True,
@@ -445,6 +448,12 @@ def doctor() -> None:
 
 def _tick(ok: bool) -> Text:
     return Text("ok", style="green") if ok else Text("not supported", style="red")
+
+
+app.add_typer(evaluation.app, name="eval")
+app.command("compare")(evaluation.compare)
+app.command("paint")(painting.paint)
+app.command("calibrate")(painting.calibrate)
 
 
 def main() -> None:
