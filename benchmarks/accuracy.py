@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--out", default=None)
     options = parser.parse_args()
 
-    methods = {"dense": ()} | {name: preset.cache for name, preset in PRESETS.items()}
+    methods = {"dense": ()} | {name: preset.cache for name, preset in PRESETS.items() if not preset.next_scale}
     if options.study:
         methods |= {name: (method,) for name, method in STUDY.items()}
     if options.only:

@@ -444,7 +444,7 @@ def main() -> None:
 
     options.haystacks = 0 if options.study else options.haystacks
     about = environment()  # now: the tree may have moved on by the end
-    rows: dict = {"dense": ()} | {name: preset.cache for name, preset in PRESETS.items()}
+    rows: dict = {"dense": ()} | {name: preset.cache for name, preset in PRESETS.items() if not preset.next_scale}
     rows |= {name: (method,) for name, method in STUDY.items()} if options.study else OTHERS | quantized_by_others()
     if options.only:
         rows = {name: row for name, row in rows.items() if name in ("dense", *options.only)}

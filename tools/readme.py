@@ -13,8 +13,10 @@ from pathlib import Path
 
 import mmkv
 from mmkv._presets import PRESETS
+from mmkv.eval import table
 
 ROOT = Path(__file__).resolve().parent.parent
+HOUR = 1800  # frames at 0.5 a second
 
 
 def accuracy() -> str:
@@ -51,7 +53,7 @@ def perplexity() -> str:
     result = json.loads((ROOT / "benchmarks/results/perplexity-study.json").read_text())
     rows = {row["method"]: row for row in result["rows"]}
     lines = ["| cache | perplexity | bits, packed part |", "|---|---|---|"]
-    for name in ("dense", *PRESETS):
+    for name in ("dense", *(name for name, preset in PRESETS.items() if not preset.next_scale)):
         packed = rows[name]["packed_bits"]
         lines.append(f"| {name} | {rows[name]['perplexity']:.2f} | {'-' if packed is None else f'{packed:.2f}'} |")
     e = result["environment"]
@@ -71,7 +73,8 @@ def methods() -> str:
     lines += [f"| `{m.name}` | {m.kind} | {m.summary} | {m.paper} |" for m in mmkv.methods()]
     lines += ["", "| preset | what it does | true bits per key / value element at head size 128 |", "|---|---|---|"]
     for preset in PRESETS.values():
-        bits = " / ".join(f"{b:.2f}" for b in preset.cache[0].formats()[0].bits(128))
+        forms = preset.cache[0].formats()
+        bits = " / ".join(f"{b:.2f}" for b in forms[0].bits(128)) if forms else "evicts"
         lines.append(f"| `{preset.name}` | {preset.summary} | {bits} |")
     return "\n".join(lines)
 
@@ -127,6 +130,37 @@ def tokens() -> str:
     return "\n".join([*lines, "", f"{_where(result)} ± is the standard error of the paired difference."])
 
 
+def evaluation() -> str:
+    """The tables of benchmarks/results/evaluation.json; a line before it was measured."""
+    path = ROOT / "benchmarks/results/evaluation.json"
+    if not path.exists():
+        return "`make eval` measures it."
+    result = json.loads(path.read_text())
+    lines = []
+    for run in result["runs"]:
+        rows = [row for row in result["rows"] if row["task"] == run["task"]]
+        first = rows[0]["found"]
+        lines += [
+            f"**{run['task']}**, {next(iter(first['headline']))} of the bundled model `{run['model']}`, {first['n']} samples",
+            "",
+            "| method | score | 95 % interval | against dense | p | agrees | vision tokens | KV bytes | prefill, s | decode, s |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            found = dict(zip(table.HEADS, table.cells(row["method"], row["found"])))
+            kept = (found[head] for head in ("95 % interval", "against dense", "p", "agrees", "vision tokens"))
+            size = f"{found['KV bytes']} ({found['of dense']})"
+            cells = (f"`{row['method']}`", found["score"], *kept, size, found["prefill, s"], found["decode, s"])
+            lines.append(f"| {' | '.join(cells)} |")
+        told = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)
+        lines += [
+            "",
+            f"{told}, {run['device']}, commit {run['commit']}, prompt {run['prompt_hash']}, {run['scorer']}.",
+            "",
+        ]
+    return "\n".join(lines).rstrip()
+
+
 def token_speed() -> str:
     """The tables of benchmarks/results/tokens-cpu.json; empty before it was measured."""
     path = ROOT / "benchmarks/results/tokens-cpu.json"
@@ -168,20 +202,132 @@ def token_speed() -> str:
     return "\n".join([*lines, "", _where(result)])
 
 
+def streaming() -> str:
+    """The table of benchmarks/results/streaming.json, all ways but those of the study."""
+    result = json.loads((ROOT / "benchmarks/results/streaming.json").read_text())
+    e = result
+    lines = [
+        f"Eight events, each asked for its colour and its shape (guessing: 12 %). Window and cache hold {e['window']}",
+        f"tokens, a question brings back {e['retrieve']} frames. Quiet: nothing else is ever seen; busy: every other scene",
+        "shows a digit or a word. Squeezed: time runs so slowly that the video lies within the",
+        f"{e['trained_frames']} frames that the bundled model was trained on, which a live stream cannot know. Full attention",
+        f"up to {e['full_attention_up_to']:,} frames: its work grows with their square. Recall: share of an event's frames, or",
+        "tokens, that a layer could see.",
+        "",
+        "| world | frames | way | questions | accuracy | recall | pictures/s | first token, ms | device bytes | archive/frame |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        if "groups of" in row["way"]:
+            continue
+        cells = (
+            row["world"],
+            f"{row['frames']:,}",
+            row["way"],
+            str(row["questions"]),
+            f"{row['accuracy']:.0%} ± {row['error']:.0%}",
+            f"{row['recall']:.0%}",
+            f"{row['pictures_per_second']:.0f}",
+            f"{row['first_token'] * 1000:.0f}",
+            f"{row['device_bytes']:,.0f}{'' if row['device_flat'] else ', grows'}",
+            f"{row['archive_bytes'] / row['frames']:,.0f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(
+        [*lines, "", f"± is the standard error; speeds are the fastest of the videos. {_versions(result)}"]
+    )
+
+
+def streaming_study() -> str:
+    """Accuracy and recall by frames brought back and size of their groups, of benchmarks/results/streaming.json."""
+    result = json.loads((ROOT / "benchmarks/results/streaming.json").read_text())
+    found, groups = {}, set()
+    for row in result["rows"]:
+        named = re.fullmatch(r"(\d+) frames, groups of (\d+)", row["way"])
+        if named and row["frames"] >= HOUR:
+            count, group = map(int, named.groups())
+            groups.add(group)
+            found[row["world"], row["frames"], count, group] = f"{row['accuracy']:.0%} ({row['recall']:.0%})"
+    lines = [
+        "Accuracy and recall, by cosine:",
+        "",
+        f"| world | frames | brought back | {' | '.join(f'groups of {g}' for g in sorted(groups))} |",
+        f"|---|---|---|{'---|' * len(groups)}",
+    ]
+    for world, frames, count in dict.fromkeys(key[:3] for key in found):
+        cells = (found.get((world, frames, count, group), "") for group in sorted(groups))
+        lines.append(f"| {world} | {frames:,} | {count} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def painting() -> str:
+    """The table of benchmarks/results/painting.json."""
+    result = json.loads((ROOT / "benchmarks/results/painting.json").read_text())
+    lines = [
+        "| cache | KV bytes a picture | of full | PSNR, dB | distance | caption met |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        name = row["method"] + (f", {row['compression']:.0%} dropped" if row["compression"] else "")
+        quality = "-" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
+        cells = (
+            f"{row['kv_bytes_per_picture']:,.0f}",
+            f"{row['share_of_dense']:.0%}",
+            quality,
+            f"{row['perceptual']:.3f}",
+            f"{row['caption_match']['all']:.0%}",
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    met = result["rows"][0]["caption_match"]["all"]
+    error = 100 * (met * (1 - met) / result["captions"]) ** 0.5
+    stable = ", ".join(f"{c['samples']}: {c['heads_of_the_same_class']:.0%}" for c in result["calibration"])
+    return "\n".join([
+        *lines,
+        "",
+        f"{result['captions']} captions (the share met has a standard error of {error:.0f} points).",
+        f"Distance: {result['distance']}.",
+        f"Heads of the same class after calibrating on so many pictures: {stable}. {_versions(result)}",
+    ])  # fmt: skip
+
+
+def instructions() -> str:
+    """The table of benchmarks/results/instructions.json."""
+    result = json.loads((ROOT / "benchmarks/results/instructions.json").read_text())
+    by = {(row["format"], row["kernel"]): row for row in result["rows"]}
+    lines = ["| preset | bits | general kernel | planes | registers | shared memory |", "|---|---|---|---|---|---|"]
+    for name in dict.fromkeys(row["format"] for row in result["rows"]):
+        old, new = by[name, "general"], by[name, "planes"]
+        cells = (f"{new['bits']:.2f}", f"{old['per_number']:.1f}", f"{new['per_number']:.1f}", str(new["registers"]))
+        lines.append(f"| {name} | {' | '.join(cells)} | {new['shared'] / 1024:.0f} KiB |")
+    e = result["environment"] if "environment" in result else result
+    about = f"sm_{result['capability']}, 28/4 heads of 128, Triton {result['triton']}, torch {e['torch']}, commit {e['commit']}."
+    return "\n".join([*lines, "", about])
+
+
+def _versions(result: dict) -> str:
+    e = result["environment"]
+    return f"torch {e['torch']}, transformers {e['transformers']}, {e['device']}, commit {e['commit']}."
+
+
 def _lost(row: dict) -> str:
     return f"{row['loss_points']:.1f} ± {row['loss_error']:.1f}"
 
 
 def _where(result: dict) -> str:
-    e = result["environment"]
-    return (
-        f"{result['dtype']}, torch {e['torch']}, transformers {e['transformers']}, {e['device']}, commit {e['commit']}."
-    )
+    return f"{result['dtype']}, {_versions(result)}"
 
 
 PAGES = {
-    "README.md": {"figures:accuracy": accuracy, "figures:perplexity": perplexity, "methods": methods},
+    "README.md": {
+        "figures:accuracy": accuracy,
+        "figures:perplexity": perplexity,
+        "figures:evaluation": evaluation,
+        "methods": methods,
+    },
     "docs/tokens.md": {"figures:tokens": tokens, "figures:token-speed": token_speed},
+    "docs/kernels.md": {"figures:instructions": instructions},
+    "docs/painting.md": {"figures:painting": painting},
+    "docs/streams.md": {"figures:streaming": streaming, "figures:streaming-study": streaming_study},
 }
 
 
