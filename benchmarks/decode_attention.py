@@ -115,6 +115,7 @@ def show(rows: list[dict], copy: float) -> None:
             f"{row['gb_per_s']:,.0f}", f"{row['share_of_copy']:.0%}", "" if row["error"] is None else f"{row['error']:.1e}",
         )  # fmt: skip
     console = Console()
+    console = console if console.is_terminal else Console(width=120)  # wide enough for the table
     console.print(table)
     console.print("* the baseline: the fastest over a dense cache")
 

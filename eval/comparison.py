@@ -135,12 +135,14 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 _panel(panel, mine, value)
                 panel.set_xlabel(label)
                 panel.set_title(f"{task}, {model}", fontsize=10)
+            line[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
             line[0].set_ylabel("score, %")
         figure.tight_layout()
         figure.savefig(path, dpi=110)
         plt.close(figure)
 
 
+MARKERS = "osD^vP*X<>"
 AXES = {
     "resident bytes of the KV cache, KiB (log scale)": lambda f: f["kv_bytes"] / 1024,
     "seconds of a prefill and an answer": lambda f: (f["prefill_seconds"] or 0) + (f["decode_seconds"] or 0),
@@ -149,15 +151,15 @@ AXES = {
 
 def _panel(panel, rows: Sequence[dict[str, Any]], value) -> None:
     points = [(value(row["found"]), next(iter(row["found"]["headline"].values())), row) for row in rows]
-    for x, y, row in points:
+    for i, (x, y, row) in enumerate(points):
         low, high = (100 * bound for bound in row["found"]["interval"])
-        colour = "black" if row["method"] == DENSE else "tab:blue"
+        colour = "black" if row["method"] == DENSE else f"C{i % 10}"
+        bars = [[max(y - low, 0)], [max(high - y, 0)]]
         panel.errorbar(
-            x, y, yerr=[[max(y - low, 0)], [max(high - y, 0)]], fmt="o", color=colour, elinewidth=0.7, capsize=2
+            x, y, yerr=bars, fmt=MARKERS[i % len(MARKERS)], color=colour, elinewidth=0.7, capsize=2, label=row["method"]
         )
-        panel.annotate(row["method"], (x, y), xytext=(5, 4), textcoords="offset points")
     best = frontier([(x, y) for x, y, _ in points])
-    panel.plot(*zip(*best), color="tab:orange", linewidth=1, zorder=0)
+    panel.plot(*zip(*best), color="0.6", linewidth=1, zorder=0)
     if value is next(iter(AXES.values())):
         panel.set_xscale("log")
     panel.grid(color="0.92")

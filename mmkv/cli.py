@@ -184,9 +184,10 @@ def _quiet() -> None:
     """
     from transformers.utils import logging
 
-    with suppress(ImportError):
-        import decord
+    from mmkv.video import decord_module
 
+    with suppress(ImportError, OSError):
+        decord = decord_module()
         decord.logging.set_level(decord.logging.QUIET)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

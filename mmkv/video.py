@@ -52,13 +52,27 @@ class _Index:
     duration: float
 
 
+def decord_module() -> Any:
+    """decord, imported behind torch.
+
+    Its wheel brings a library that takes over all matrix products of the process, and crashes where there is no GPU, unless
+    torch's own is there first.
+
+    Raises:
+        ImportError, OSError: not installed, or a shared library of the wheel does not load here.
+    """
+    import torch  # noqa: F401
+
+    return __import__("decord")
+
+
 def readers() -> dict[str, str | None]:
     """Installed readers and their versions (None: not installed), in the order in which they are tried."""
     found: dict[str, str | None] = {"decord": None, "pyav": None}
-    for name, module in (("decord", "decord"), ("pyav", "av")):
+    for name, module in (("decord", decord_module), ("pyav", lambda: __import__("av"))):
         try:
-            found[name] = str(__import__(module).__version__)
-        except (ImportError, OSError):  # OSError: a shared library of the wheel does not load here
+            found[name] = str(module().__version__)
+        except (ImportError, OSError):
             continue
     return found
 
@@ -279,7 +293,7 @@ def _pick(path: Path, index: _Index, fps: float | None, frames: int | None) -> l
 def _open_decord(path: Path, count: int) -> Any:
     """decord's reader, or None where decord is missing, cannot open this file, or counts its frames differently."""
     try:
-        import decord
+        decord = decord_module()
     except (ImportError, OSError):
         return None
     try:

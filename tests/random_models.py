@@ -234,7 +234,13 @@ def is_vlm(model) -> bool:
 
 def inputs(model, prompts: list[list], seed: int = 3, pad_to: int = 0) -> dict:
     """Keywords for `model.generate` and `model.forward` for a batch of prompts, padded on the left."""
-    rows_of = {"llava_onevision": _llava, "llava": _llava_1_5, "longva": _longva, "internvl": _internvl, "opencua": _opencua}
+    rows_of = {
+        "llava_onevision": _llava,
+        "llava": _llava_1_5,
+        "longva": _longva,
+        "internvl": _internvl,
+        "opencua": _opencua,
+    }
     make_row = rows_of.get(model.config.model_type, _qwen)
     generator = torch.Generator().manual_seed(seed)
     rows, media = [], {}

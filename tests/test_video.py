@@ -32,6 +32,12 @@ def no_decord(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", guarded)
 
 
+def test_a_video_may_be_opened_before_torch_is_imported(clip):
+    """decord's wheel would make the first matrix product crash."""
+    code = f"import mmkv; len(mmkv.open_video({str(clip)!r})); import torch; a = torch.ones(300, 300); a @ a"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_all_frames(clip):
     with mmkv.open_video(clip) as video:
         frames = list(video)

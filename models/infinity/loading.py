@@ -7,6 +7,7 @@ Spec: state dict of FoundationVision/Infinity (`infinity_2b_reg.pth`, the folder
 from __future__ import annotations
 
 import pickle
+import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,7 +136,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         return load_file(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, struct.error) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} cannot be read as a checkpoint: {first}") from error
     for name in NESTED:

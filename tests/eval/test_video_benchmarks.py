@@ -135,7 +135,8 @@ def test_streamingbench_prompt(stream_folder):
     text = (
         "You are an advanced video question-answering AI assistant. You have been provided with some frames from the video and a "
         "multiple-choice question related to the video. Your task is to carefully analyze the video and provide the best "
-        "answer to question, choosing from the four options provided. Respond with only the letter (A, B, C, or D) of the correct option."
+        "answer to question, choosing from the four options provided. "
+        "Respond with only the letter (A, B, C, or D) of the correct option."
         "\n\nQuestion: What happens?\n\nOptions:\nA. one\nB. two\nC. three\nD. four\n\nThe best option is:"
     )
     assert text_of(task)[0] == text
