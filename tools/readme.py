@@ -299,7 +299,7 @@ def instructions() -> str:
         old, new = by[name, "general"], by[name, "planes"]
         cells = (f"{new['bits']:.2f}", f"{old['per_number']:.1f}", f"{new['per_number']:.1f}", str(new["registers"]))
         lines.append(f"| {name} | {' | '.join(cells)} | {new['shared'] / 1024:.0f} KiB |")
-    e = result["environment"] if "environment" in result else result
+    e = result  # the versions stand beside the rows
     about = f"sm_{result['capability']}, 28/4 heads of 128, Triton {result['triton']}, torch {e['torch']}, commit {e['commit']}."
     return "\n".join([*lines, "", about])
 
