@@ -260,6 +260,30 @@ def streaming_study() -> str:
     return "\n".join(lines)
 
 
+def clicking() -> str:
+    """The tables of benchmarks/results/clicking.json."""
+    result = json.loads((ROOT / "benchmarks/results/clicking.json").read_text())
+    titles = {"kept": "KV of earlier steps kept, as `mmkv.agent` does", "whole": "The whole prompt read at each step"}
+    lines = []
+    for protocol, rows in result["protocols"].items():
+        lines += [
+            f"{titles[protocol]}:",
+            "",
+            "| cache | KV bytes of dense | clicks, current screen | clicks that need an earlier one |",
+            "|---|---|---|---|",
+        ]
+        for row in rows:
+            parts = (row["parts"][part] for part in ("now", "before"))
+            cells = (f"{part['accuracy']:.0%} ± {part['error']:.0%}" for part in parts)
+            lines.append(f"| {row['method']} | {row['share']:.0%} | {' | '.join(cells)} |")
+        lines.append("")
+    lines += [
+        f"{result['sessions']} sessions of {result['steps']} steps, ± is the standard error; the machine was busy, so its",
+        f"times say nothing. {_versions(result)}",
+    ]
+    return "\n".join(lines)
+
+
 def painting() -> str:
     """The table of benchmarks/results/painting.json."""
     result = json.loads((ROOT / "benchmarks/results/painting.json").read_text())
@@ -318,6 +342,7 @@ def _where(result: dict) -> str:
 
 
 PAGES = {
+    "docs/agents.md": {"figures:clicking": clicking},
     "README.md": {
         "figures:accuracy": accuracy,
         "figures:perplexity": perplexity,
