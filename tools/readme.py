@@ -328,6 +328,18 @@ def instructions() -> str:
     return "\n".join([*lines, "", about])
 
 
+def attention_cpu() -> str:
+    """The table of benchmarks/results/decode-attention-cpu.json."""
+    result = json.loads((ROOT / "benchmarks/results/decode-attention-cpu.json").read_text())
+    lines = ["| heads | KV | attention | ms | against the fastest dense one |", "|---|---|---|---|---|"]
+    for row in result["rows"]:
+        heads = f"{row['query_heads']}/{row['kv_heads']} of {row['head_size']}"
+        name = row["name"] + (" (baseline)" if row["name"] == row["baseline"] else "")
+        cells = (heads, f"{row['length']:,}", name, f"{row['us'] / 1e3:.1f}", f"{row['times_baseline']:.2f}x")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _versions(dict(environment=result))])
+
+
 def _versions(result: dict) -> str:
     e = result["environment"]
     return f"torch {e['torch']}, transformers {e['transformers']}, {e['device']}, commit {e['commit']}."
@@ -350,7 +362,7 @@ PAGES = {
         "methods": methods,
     },
     "docs/tokens.md": {"figures:tokens": tokens, "figures:token-speed": token_speed},
-    "docs/kernels.md": {"figures:instructions": instructions},
+    "docs/kernels.md": {"figures:instructions": instructions, "figures:attention-cpu": attention_cpu},
     "docs/painting.md": {"figures:painting": painting},
     "docs/streams.md": {"figures:streaming": streaming, "figures:streaming-study": streaming_study},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -32,3 +33,16 @@ def interpreted() -> None:
             tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
         interpreter._patch_lang_tensor = mended
+
+
+@pytest.fixture
+def nan_in_fresh_memory(monkeypatch):
+    """Every element of a result must be written: memory comes filled with NaN or 255."""
+    interpreted()
+    empty = torch.empty
+
+    def filled(*args, **kw):
+        t = empty(*args, **kw)
+        return t.fill_(torch.nan if t.is_floating_point() else 255 if t.dtype == torch.uint8 else -1)
+
+    monkeypatch.setattr(torch, "empty", filled)

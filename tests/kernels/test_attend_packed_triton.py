@@ -6,10 +6,10 @@ import torch
 from mmkv.kernels import Blocks, Spec, Table, gaussian, mean_only, minmax, symmetric, ternary
 from mmkv.kernels.attend_packed import attend_packed_reference
 
-from .conftest import interpreted
 from .naive import CODES, Case, case, close
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = {
     "kivi": lambda d, dv, g: (
@@ -25,19 +25,6 @@ FORMATS = {
         Spec("channel", g, ((dv - 24, ternary()), (8, mean_only()), (16, minmax(4))), scale_bits=8),
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_fresh_memory(monkeypatch):
-    """Every element of a result must be written: memory comes filled with NaN or 255."""
-    interpreted()
-    empty = torch.empty
-
-    def filled(*args, **kw):
-        t = empty(*args, **kw)
-        return t.fill_(torch.nan if t.is_floating_point() else 255 if t.dtype == torch.uint8 else -1)
-
-    monkeypatch.setattr(torch, "empty", filled)
 
 
 def both(c: Case, splits: int | None = None, scale=0.1, softcap=None, causal=False, window=None, tol=1e-5):

@@ -6,29 +6,16 @@ import torch
 from mmkv.kernels import Spec, gaussian, lloyd, mean_only, minmax, sign, symmetric, ternary
 from mmkv.kernels.attend_packed import attend_packed_reference
 
-from .conftest import interpreted
 from .naive import case, close
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOL = 1e-3  # queries and weights are rounded to fp16, twice, which has 11 bits
 VALUES = {
     "1": sign(), "2": minmax(2), "4": lloyd(4), "8": minmax(8), "trits": gaussian(1.58, zero="none", scale="fit"),
     "trits-mean": ternary(zero=True), "trits-unscaled": ternary(0.5, scale="one"), "symmetric": symmetric(4),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_fresh_memory(monkeypatch):
-    """Every element of a result must be written: memory comes filled with NaN or 255."""
-    interpreted()
-    empty = torch.empty
-
-    def filled(*args, **kw):
-        t = empty(*args, **kw)
-        return t.fill_(torch.nan if t.is_floating_point() else 255 if t.dtype == torch.uint8 else -1)
-
-    monkeypatch.setattr(torch, "empty", filled)
 
 
 def both(c, splits=None, scale=0.1, softcap=None, causal=False, window=None, tol=TOL):
