@@ -83,7 +83,7 @@ def video_mme(
     with one_line(debug):
         methods = methods_of(method, dense)
         plan = Plan(out, engine, workers, limit, retry_skipped, device, dtype, threads, ray_address)
-        count = frames if frames or fps else (128 if data == "bundled" else 32)
+        count = frames if frames is not None or fps is not None else (128 if data == "bundled" else 32)
         sampling = Sampling(count, fps, sampler, max_pixels)
         mode = answer or ("likelihood" if model == "tiny" else "generate")
         style = prompt or ("plain" if mode == "likelihood" and not subtitles else "official")

@@ -59,7 +59,7 @@ def load_painter(
     from mmkv.models.infinity.text import CHECKPOINT, T5Prompts
 
     place, kind = place_and_dtype(device, dtype)
-    model = _weights(name, settings, vae, kind).to(place).eval()
+    model = _weights(name, settings, vae, text_encoder, kind).to(place).eval()
     if model.text_encoder is None:
         encoder = text_encoder or CHECKPOINT
         try:
@@ -73,10 +73,15 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _weights(name: str, settings: str | None, vae: str | None, dtype: Any) -> Any:
+def _weights(name: str, settings: str | None, vae: str | None, text_encoder: str | None, dtype: Any) -> Any:
     from mmkv.models.infinity import InfinityForImageGeneration
 
     if name == TINY:
+        given = dict(settings=settings, vae=vae, text_encoder=text_encoder)
+        if wrong := [option for option, value in given.items() if value is not None]:
+            raise UserError(
+                f"--{wrong[0].replace('_', '-')} {given[wrong[0]]}: is for official checkpoints, the bundled model has its own"
+            )
         from mmkv.models import tiny_infinity
 
         return tiny_infinity.load()
@@ -114,6 +119,8 @@ def method_of(name: str, keep: float | None) -> CacheMethod | None:
     from mmkv.parts.registry import METHODS
 
     if name == "dense":
+        if keep is not None:
+            raise ValueError(f"--keep {keep} with dense, which keeps all tokens; leave it out, or choose a method")
         return None
     entry = METHODS.get(name.lower())
     if name not in PRESETS and entry is not None and entry.kind == "cache":

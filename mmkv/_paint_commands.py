@@ -45,6 +45,10 @@ def paint(
 
     with cli._one_line(debug):
         target, chosen = _paint.check_out(to), _paint.method_of(method, keep)
+        if compare and chosen is None:
+            raise ValueError(
+                "--compare with dense, which is one of the two already; choose a method to compare it with"
+            )
         if not debug:
             cli._quiet()
         painter = _paint.load_painter(model, settings, vae, text_encoder, device, dtype)

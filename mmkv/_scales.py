@@ -7,6 +7,7 @@ from dataclasses import replace
 from mmkv.cache import CacheMethod
 from mmkv.cache.next_scale import NextScale
 from mmkv.models import Adapter
+from mmkv.parts.budget import Budget
 
 
 def check_painting(model, tokens: tuple, prefill_chunk: int | None, positions: str) -> None:
@@ -33,6 +34,11 @@ def fitted(method: CacheMethod, adapter: Adapter) -> CacheMethod:
         if method.next_scale:
             raise ValueError(f"{name} is for visual autoregressive models, {model} is a language model")
         return method
+    budget = getattr(method, "budget", None)
+    if isinstance(budget, Budget) and budget.total is None and budget.image is None:
+        raise ValueError(
+            f"{name} with a budget for text or video on {model}, whose tokens are an image's; give budget=0.3, say"
+        )
     if method.sparse_prefill:
         raise ValueError(f"{name} reads a prompt causally, {model} makes an image scale by scale; leave it out")
     if method.joint:

@@ -308,7 +308,8 @@ def painting() -> str:
     return "\n".join([
         *lines,
         "",
-        f"{result['captions']} captions (the share met has a standard error of {error:.0f} points).",
+        f"{result['captions']} captions, guidance {result['sampling']['guidance']}, temperature",
+        f"{result['sampling']['temperature']} (the share met has a standard error of {error:.0f} points).",
         f"Distance: {result['distance']}.",
         f"Heads of the same class after calibrating on so many pictures: {stable}. {_versions(result)}",
     ])  # fmt: skip

@@ -89,7 +89,7 @@ def picture(screenshot) -> Image.Image:
             found = Image.open(screenshot)
             found.load()
         except FileNotFoundError:
-            raise
+            raise FileNotFoundError(f"{screenshot}: there is no such screenshot") from None
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"{screenshot}: not a picture that can be read ({error})") from error
     else:

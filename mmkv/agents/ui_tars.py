@@ -107,7 +107,7 @@ class UITars(AgentFormat):
             if name in _PLACES:
                 place = self._place(value, size)
                 if place is None:
-                    return {}, f"{name} is no point"
+                    return {}, f"{name} is no point on the screen"
                 params[_PLACES[name]] = place
             else:
                 params[_RENAMED.get(name, name)] = (
@@ -144,7 +144,8 @@ class UITars(AgentFormat):
         if len(numbers) not in (2, 4) or not all(map(is_number, numbers)):
             return None
         x, y = (sum(numbers[axis::2]) / (len(numbers) // 2) for axis in (0, 1))
-        return (x / self.factor, y / self.factor) if self.factor else self.resize.relative(x, y, size)
+        point = (x / self.factor, y / self.factor) if self.factor else self.resize.relative(x, y, size)
+        return point if all(0 <= axis <= 1 for axis in point) else None
 
 
 def _parts(output: str) -> tuple[str, str | None]:

@@ -10,7 +10,7 @@ import torch
 from mmkv.cache.eviction import Eviction
 from mmkv.cache.fill import Fill, Plan
 from mmkv.cache.method import check_numbers
-from mmkv.parts.budget import tokens_of
+from mmkv.parts.budget import check_some, tokens_of
 from mmkv.parts.choose import top_per_head
 from mmkv.parts.registry import register
 
@@ -58,6 +58,8 @@ class H2O(Eviction):
             return
         newest = fill.length - fill.old
         total = tokens_of(self.budget.total, fill.whole, fill.bytes_per_token)
+        if fill.scales:
+            check_some(total, self.budget.total, fill.whole)
         if fill.decoding:  # as many as before
             stored = 0 if fill.present is None else int(fill.present[:, : fill.recalled].sum(1).max())
             total = newest + stored if stored else max(total, newest)

@@ -129,6 +129,12 @@ class HACK(NextScale):
         """
         whole = sum(self.scales[:-1]) if isinstance(self.scales, tuple) else seen
         mean = (1 - self.compression) * whole + 1e-6  # 30 % of 10 is 3, also in binary
+        if isinstance(self.scales, tuple) and structural and mean < sum(self.scales[:FIRST_SCALES]):
+            least = sum(self.scales[:FIRST_SCALES])
+            raise ValueError(
+                f"compression {self.compression:.4g} leaves {int(mean)} of {whole} tokens, and structural heads always keep the "
+                f"first {FIRST_SCALES} scales, {least} tokens; possible is up to {1 - least / whole:.4g}"
+            )
         if seen <= mean or mean < first:
             return seen, seen
         if not contextual or not structural:

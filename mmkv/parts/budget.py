@@ -89,7 +89,10 @@ class Budget:
         if self.total is not None:
             every = torch.ones_like(modality, dtype=torch.bool)
             count = float(present.sum()) / rows if whole is None else whole
-            return [(every, tokens_of(self.total, count, bytes_per_token, bytes_beyond))]
+            kept = tokens_of(self.total, count, bytes_per_token, bytes_beyond)
+            if whole is not None:
+                check_some(kept, self.total, whole)
+            return [(every, kept)]
         out = []
         for kind, name in enumerate(MODALITIES):
             mine, amount = modality == kind, getattr(self, name)
@@ -99,6 +102,12 @@ class Budget:
                 (mine, round(count) if amount is None else tokens_of(amount, count, bytes_per_token, bytes_beyond))
             )
         return out
+
+
+def check_some(kept: int, amount: Amount, whole: int) -> None:
+    """Raise ValueError where an amount of `whole` tokens is not even one."""
+    if kept < 1:
+        raise ValueError(f"budget {amount!r} of {whole} tokens is not one token; give {1 / whole:.2g} or more")
 
 
 def check_amount(amount: Amount) -> None:

@@ -24,6 +24,7 @@ from mmkv.streaming.pieces import Pieces
 from mmkv.streaming.positions import Positions
 from mmkv.streaming.reading import Answering, Retrieving
 from mmkv.streaming.store import Chunk, Key, Store, open_store, packed_by, peek
+from mmkv.streaming.store.opening import folder_of
 from mmkv.streaming.writing import Writing
 
 
@@ -60,6 +61,7 @@ class Stream:
         fps: float = 1.0, encode: int = 8, resume: bool = True, video: str = "", mode: str = "write",
     ):  # fmt: skip
         check_options(window, encode, fps, mode)
+        folder_of(store, mode)
         self.choice = Choice(retrieve, by, group)
         self._packed = packed_by(cache)
         self._ram_bytes = None if ram_bytes is None else bytes_of(ram_bytes, "ram_bytes")

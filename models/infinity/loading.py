@@ -137,8 +137,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, struct.error) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint: {first}") from error
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged, or no file of tensors"
+        ) from error
     for name in NESTED:
         found = found[name] if isinstance(found, dict) and name in found else found
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):

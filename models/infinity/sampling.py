@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,10 +44,14 @@ class Sampling:
         for name, least in (("guidance", 0.0), ("temperature", 1e-6)):
             value = getattr(self, name)
             for number in value if isinstance(value, list | tuple) else (value,):
-                if isinstance(number, bool) or not isinstance(number, int | float) or number < least:
+                real = isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+                if not real or number < least:
                     raise ValueError(f"{name} {number!r}: possible are numbers {'from' if not least else 'above'} 0")
         if isinstance(self.top_p, bool) or not isinstance(self.top_p, int | float) or not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p!r}: possible are 0 to 1")
+        for seed in self.seed if isinstance(self.seed, list | tuple) else (self.seed,):
+            if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
+                raise ValueError(f"seed {seed!r}: possible are None and whole numbers from 0, below 2^63")
         if ON_LOGITS in self.guidance_at and ON_PROBABILITIES in self.guidance_at:
             raise ValueError(
                 "guidance_at 0 and 1: guidance acts on the logits or on the probabilities, give one of them"

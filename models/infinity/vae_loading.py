@@ -108,8 +108,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a torn file the unpickler raises whatever it meets (struct.error, IndexError ...)
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint: {first}") from error
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged, or no file of tensors"
+        ) from error
     found = found.get(NESTED, found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise ValueError(f"{path} holds no state dict (names and tensors, also inside {NESTED!r})")

@@ -54,7 +54,7 @@ def open_store(
     if mode not in ("write", "read"):
         raise ValueError(f"mode {mode!r}: possible are 'write', 'read'")
     rows = record(shape)
-    path = _path(where, mode)
+    path = folder_of(where, mode)
     if path is None:
         most = _half_of_memory() if ram_bytes is None else ram_bytes
         return Store(shape, rows, Tiers(rows.size, device, None, device_bytes, most))
@@ -67,8 +67,12 @@ def open_store(
         raise
 
 
-def _path(where: str, mode: str) -> Path | None:
-    """The folder of "disk:PATH", None for "ram"."""
+def folder_of(where: str, mode: str) -> Path | None:
+    """The folder of "disk:PATH", None for "ram".
+
+    Raises:
+        ValueError: neither.
+    """
     if where == "ram" and mode == "write":
         return None
     if isinstance(where, str) and where.startswith("disk:") and where != "disk:":
