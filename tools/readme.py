@@ -269,19 +269,17 @@ def clicking() -> str:
         lines += [
             f"{titles[protocol]}:",
             "",
-            "| cache | KV bytes of dense | clicks, current screen | clicks that need an earlier one |",
-            "|---|---|---|---|",
+            "| cache | KV bytes of dense | clicks, current screen | clicks that need an earlier one | prefill, ms | ms a token |",
+            "|---|---|---|---|---|---|",
         ]
         for row in rows:
             parts = (row["parts"][part] for part in ("now", "before"))
             cells = (f"{part['accuracy']:.0%} ± {part['error']:.0%}" for part in parts)
-            lines.append(f"| {row['method']} | {row['share']:.0%} | {' | '.join(cells)} |")
+            times = f"{1e3 * row['prefill_seconds']:.0f} | {1e3 * row['decode_seconds_per_token']:.0f}"
+            lines.append(f"| {row['method']} | {row['share']:.0%} | {' | '.join(cells)} | {times} |")
         lines.append("")
-    lines += [
-        f"{result['sessions']} sessions of {result['steps']} steps, ± is the standard error; the machine was busy, so its",
-        f"times say nothing. {_versions(result)}",
-    ]
-    return "\n".join(lines)
+    about = f"{result['sessions']} sessions of {result['steps']} steps, ± is the standard error; whole prompts run in batches of 12."
+    return "\n".join([*lines, about, _versions(result)])
 
 
 def painting() -> str:
