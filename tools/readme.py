@@ -278,8 +278,8 @@ def clicking() -> str:
             times = f"{1e3 * row['prefill_seconds']:.0f} | {1e3 * row['decode_seconds_per_token']:.0f}"
             lines.append(f"| {row['method']} | {row['share']:.0%} | {' | '.join(cells)} | {times} |")
         lines.append("")
-    about = f"{result['sessions']} sessions of {result['steps']} steps, ± is the standard error; whole prompts run in batches of 12."
-    return "\n".join([*lines, about, _versions(result)])
+    about = f"{result['sessions']} sessions of {result['steps']} steps, ± is the standard error."
+    return "\n".join([*lines, about, "Whole prompts run in batches of 12.", _versions(result)])
 
 
 def painting() -> str:
