@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -54,24 +54,21 @@ class RVS(VideoTask):
         return super().settings() | dict(judge=judge)
 
     def samples(self) -> list[Sample]:
-        folder = self.questions.parent if self.root.is_file() else self.root
-        out = []
-        for entry in read_list(self.questions):
-            path = str(entry.get("video_path") or f"{entry.get('video_id')}.mp4")
-            for number, asked in enumerate(entry.get("conversations", [])):
-                wrong = _fault(asked, ("question", "answer", "end_time"))
-                video = None if wrong else find_video(folder, path)
-                end = None if wrong else float(asked["end_time"])
-                out.append(
-                    Sample(
-                        id=f"{entry.get('video_id')}-{number}",
-                        group=str(entry.get("video_id")),
-                        facts=dict(question=asked.get("question")),
-                        target=asked.get("answer"),
-                        data=dict(video=video, sampling=replace(self.sampling, end=end)),
-                        skipped=missing(path, video, wrong),
-                    )
+        folder, out = folder_of(self), []
+        for name, group, path, asked in conversations(self.questions):
+            wrong = _fault(asked, ("question", "answer", "end_time"))
+            video = None if wrong else find_video(folder, path)
+            end = None if wrong else float(asked["end_time"])
+            out.append(
+                Sample(
+                    id=name,
+                    group=group,
+                    facts=dict(question=asked.get("question")),
+                    target=asked.get("answer"),
+                    data=dict(video=video, sampling=replace(self.sampling, end=end)),
+                    skipped=missing(path, video, wrong),
                 )
+            )
         return out
 
     def prompt(self, sample: Sample, media: Media) -> Prompt:
@@ -119,20 +116,16 @@ class ReKVChoice(VideoTask):
         return find_file(self.root, "*_mc.json", "*/*_mc.json")
 
     def samples(self) -> list[Sample]:
-        folder = self.questions.parent if self.root.is_file() else self.root
-        out = []
-        for entry in read_list(self.questions):
-            path = str(entry.get("video_path") or f"{entry.get('video_id')}.mp4")
-            for number, asked in enumerate(entry.get("conversations", [])):
-                wrong = _fault(asked, ("question", "choices", "answer"))
-                if wrong is None and asked["choices"].count(asked["answer"]) != 1:
-                    wrong = f"corrupt row: answer {asked['answer']!r} is not one of the choices"
-                video = None if wrong else find_video(folder, path)
-                target = None if wrong else LETTERS[asked["choices"].index(asked["answer"])]
-                facts = dict(question=asked.get("question"), task_type=asked.get("question_type"))
-                name, group = f"{entry.get('video_id')}-{number}", str(entry.get("video_id"))
-                data = dict(video=video, asked=asked)
-                out.append(Sample(name, group, facts, target, data, missing(path, video, wrong)))
+        folder, out = folder_of(self), []
+        for name, group, path, asked in conversations(self.questions):
+            wrong = _fault(asked, ("question", "choices", "answer"))
+            if wrong is None and asked["choices"].count(asked["answer"]) != 1:
+                wrong = f"corrupt row: answer {asked['answer']!r} is not one of the choices"
+            video = None if wrong else find_video(folder, path)
+            target = None if wrong else LETTERS[asked["choices"].index(asked["answer"])]
+            facts = dict(question=asked.get("question"), task_type=asked.get("question_type"))
+            data = dict(video=video, asked=asked)
+            out.append(Sample(name, group, facts, target, data, missing(path, video, wrong)))
         return out
 
     def prompt(self, sample: Sample, media: Media) -> Prompt:
@@ -162,6 +155,20 @@ def letter_of(response: str) -> str:
     """The character before the first closing bracket, else the first character (spec: ReKV)."""
     at = response.find(")")
     return response[at - 1 : at] if at > 0 else response[:1]
+
+
+def folder_of(task: VideoTask) -> Path:
+    """Where the videos of a task lie: beside its file of questions where that was given, else in its folder."""
+    return task.questions.parent if task.root.is_file() else task.root
+
+
+def conversations(questions: Path) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
+    """The questions of a file: id, video id, path of the video, and what was asked."""
+    for entry in read_list(questions):
+        group = str(entry.get("video_id"))
+        path = str(entry.get("video_path") or f"{group}.mp4")
+        for number, asked in enumerate(entry.get("conversations", [])):
+            yield f"{group}-{number}", group, path, asked
 
 
 def _fault(asked: Mapping[str, Any], names: Sequence[str]) -> str | None:

@@ -45,8 +45,8 @@ class HACK(NextScale):
             plain mean of keys and of values; needs `scales`.
 
     Where we differ: there is no released code that we could read. The rule to reduce the latest scale last where a structural
-    head has no room for it, what the shares are of and how tokens are merged are our choices. Nothing is dropped while the
-    average has no room for the first two scales.
+    head has no room for it, what the shares are of and how tokens are merged are our choices. An average without room for
+    the first two scales is refused where the scales are known; where they are not, nothing is dropped while that is so.
     """
 
     structural: HeadClasses | tuple[tuple[int, ...], ...] | None = None
@@ -126,6 +126,9 @@ class HACK(NextScale):
             seen: tokens so far.
             first: of them in the first two scales.
             contextual, structural: how many heads of each kind the model has.
+
+        Raises:
+            ValueError: the whole image's average has no room for its first two scales.
         """
         whole = sum(self.scales[:-1]) if isinstance(self.scales, tuple) else seen
         mean = (1 - self.compression) * whole + 1e-6  # 30 % of 10 is 3, also in binary

@@ -55,9 +55,7 @@ class KVLayer(CacheLayerMixin):
         self.scores: Scores | None = None  # attention mass so far, where the method or a limit of bytes wants it
         self.new = 0  # tokens of the last update
         self._pending = False
-        self._before: tuple[torch.Tensor, torch.Tensor] | None = (
-            None  # the tail without this forward's, where none stays
-        )
+        self._before: tuple[torch.Tensor, torch.Tensor] | None = None  # the tail before a forward of which none stays
         # from the attention to the end of the forward, where layers decide jointly
         self.asked: Asked | None = None
         self.waits = False
