@@ -131,16 +131,18 @@ class Page:
         if session is None:
             raise ValueError("nothing is being watched yet; choose a sample, a file or the webcam first")
         self._known_words(question)
-        text = ""
+        text, number = "", 1 + sum(said["role"] == "assistant" for said in chat)
         asked = [*chat, {"role": "user", "content": question}]
         for piece in session.ask(question, controls.retrieve, controls.method):
             if isinstance(piece, Answer):
                 asked.append({"role": "assistant", "content": piece.text or "(empty answer)"})
                 layers = len(session.stream.adapter.text_model.layers)
-                yield asked, asked[-200:], "", view.gallery(piece, session.thumbs, layers)
+                yield asked, asked[-200:], "", view.gallery(piece, session.thumbs, layers, number)
             else:
+                # the frames of the answer before would be taken for this one's
+                frames = gr.skip() if text else view.gallery(None, ())
                 text += piece
-                yield [*asked, {"role": "assistant", "content": text}], gr.skip(), "", gr.skip()
+                yield [*asked, {"role": "assistant", "content": text}], gr.skip(), "", frames
 
     def _known_words(self, question: str) -> None:
         if not self.bundled:

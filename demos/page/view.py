@@ -133,8 +133,12 @@ def _path(places: Sequence[tuple[float, float]], most: float) -> str:
     return " ".join(f"{x:.1f},{HEIGHT - 2 - y / (most or 1) * high:.1f}" for x, y in places)
 
 
-def gallery(answer: Answer | None, thumbs: Sequence[bytes], layers: int = 0) -> str:
-    """The frames that an answer was made from, with their times; the most wanted ones where there are many."""
+def gallery(answer: Answer | None, thumbs: Sequence[bytes], layers: int = 0, number: int = 0) -> str:
+    """The frames that an answer was made from, with their times; the most wanted ones where there are many.
+
+    Args:
+        number: which answer of the conversation it is; a script of the page's own waits for it.
+    """
     if answer is None:
         return '<div class="gallery empty"><p>The frames that an answer is made from appear here.</p></div>'
     chosen = sorted(sorted(answer.frames, key=lambda f: (-f.layers, -f.score))[:SHOWN], key=lambda f: f.frame)
@@ -148,7 +152,8 @@ def gallery(answer: Answer | None, thumbs: Sequence[bytes], layers: int = 0) -> 
         if stage in answer.seconds:
             facts.append(f"{words} {answer.seconds[stage]:.2f} s")
     facts.append(f"{size(sum(answer.bytes.values()))} held")
-    return f'<div class="gallery"><p class="facts">{" · ".join(facts)}</p><div class="frames">{figures}</div></div>'
+    told = f'<p class="facts">{" · ".join(facts)}</p>'
+    return f'<div class="gallery" data-answer="{number}">{told}<div class="frames">{figures}</div></div>'
 
 
 def _figure(frame: Retrieved, thumbs: Sequence[bytes], layers: int, best: bool) -> str:
