@@ -165,6 +165,12 @@ def test_paint_is_repeatable(mmkv_command, tmp_path):
         (["--method", "dense", "--pixels", "9M"], "pixels '9M': possible are"),
         (["--method", "hack"], "HACK needs structural= of this model: run `mmkv calibrate MODEL`"),
         (["--method", "dense", "--temperature", "0"], "temperature 0.0: possible are numbers above 0"),
+        (["--method", "dense", "--temperature", "nan"], "temperature nan: possible are numbers above 0"),
+        (["--method", "dense", "--guidance", "inf"], "guidance inf: possible are"),
+        (["--method", "dense", "--seed", "-1"], "seed -1: possible are None and whole numbers from 0, below 2^63"),
+        (["--method", "dense", "--keep", "0.5"], "--keep 0.5 with dense, which keeps all tokens"),
+        (["--method", "dense", "--compare"], "--compare with dense, which is one of the two already"),
+        (["--method", "snapkv", "--keep", "1e-6"], "is not one token; give"),
     ],
 )
 def test_paint_says_what_is_wrong(mmkv_command, arguments, says, tmp_path, monkeypatch):
@@ -194,6 +200,9 @@ def test_differences():
         (dict(name="nothing-here"), "nothing-here is no folder made by save_pretrained"),
         (dict(name="nothing-here", settings="2b"), "no checkpoint at nothing-here"),
         (dict(name="nothing-here", settings="3b"), "model '3b': possible are"),
+        (dict(name="tiny", settings="2b"), "--settings 2b: is for official checkpoints, the bundled model has its own"),
+        (dict(name="tiny", vae="x.pth"), "--vae x.pth: is for official checkpoints"),
+        (dict(name="tiny", text_encoder="t5"), "--text-encoder t5: is for official checkpoints"),
         (dict(name="nothing-here", dtype="int8"), "no dtype 'int8'"),
         (dict(name="nothing-here", device="gpu"), "no device 'gpu'"),
     ],

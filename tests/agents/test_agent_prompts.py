@@ -98,6 +98,9 @@ def test_pictures_of_all_kinds(tmp_path):
     assert len({content_of(picture(x)) for x in [same[0], *others]}) == 4
     clear = Image.new("RGBA", (9, 9), (1, 2, 3, 0))
     assert picture(clear).mode == "RGB"
+    with pytest.raises(FileNotFoundError, match=r"gone\.png: there is no such screenshot") as caught:
+        picture(tmp_path / "gone.png")
+    assert "\n" not in str(caught.value)
 
 
 def test_ids_and_pixels_are_the_processors():

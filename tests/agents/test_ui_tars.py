@@ -150,6 +150,7 @@ def test_thousandths():
         ("Action: click(point=f(x))", "not an action"),
         ("Action: " + "(" * 500, "not an action"),
         ("Action: click(start_box='(1)')", "no point"),
+        ("Action: click(point='(100000,2)')", "point is no point on the screen"),
     ],
 )
 def test_malformed_is_kept_and_reported(output, said):

@@ -184,6 +184,15 @@ def test_refusals(data, tmp_path):
         run(task_of(tmp_path / "short.parquet", durations=("long",)), methods_of("dense"), "tiny", Plan(tmp_path / "r"))
 
 
+def test_no_frames_at_all(data, tmp_path):
+    """0 is a wrong number, and not the default."""
+    arguments = ["--data", str(data), "--frames", "0", "--out", str(tmp_path / "r")]
+    done = subprocess.run(
+        [sys.executable, "-m", "mmkv.cli", "eval", "video-mme", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "frames 0" in done.stderr.replace("=", " ") and done.stderr.count("\n") == 1
+
+
 def command(data, out):
     return [
         sys.executable, "-m", "mmkv.cli", "eval", "video-mme", "--data", str(data), "--method", "kivi-2", "--frames", "32",

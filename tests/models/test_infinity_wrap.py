@@ -136,6 +136,18 @@ def test_hack_falls_to_its_budget(painter, text, dense, compression):
     assert not tiny.same(dense, generated)
 
 
+def test_budgets_that_leave_nothing(painter, text):
+    """HACK's structural heads keep 5 tokens of the first two scales, whatever the budget."""
+    for method, said in (
+        (HACK(HEADS, compression=0.99, contextual_share=0.001), "structural heads always keep the first 2 scales, 5 tokens"),
+        (SnapKV(budget=0.001), "is not one token"),
+        (H2O(budget=0.001), "is not one token"),
+    ):
+        with pytest.raises(ValueError, match=said) as caught:
+            painted(painter, text, method)
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.support("cache", family="infinity", name="ScaleKV", modes=("painting",))
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_scalekv_falls_to_its_budget(painter, text, share):
@@ -331,6 +343,7 @@ def test_statistics_see_the_last_scale_too(painter, text):
         (dict(cache=[HACK(((0,), (1,), (), (4,)))]), "there is no KV head 4"),
         (dict(cache=[ScaleKV(roles=LayerRoles(Identity("infinity", 9, 4), ((8,),)))]), "there is no layer 8"),
         (dict(cache=[HACK(HEADS), KIVI()]), "HACK decides anew"),
+        (dict(cache=[SnapKV(budget={"video": 0.5})]), "budget for text or video on InfinityForImageGeneration"),
     ],
 )
 def test_what_makes_no_sense(painter, options, says):

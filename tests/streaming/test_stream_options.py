@@ -90,6 +90,13 @@ def test_frames_are_packed_by_a_cache_method(loaded, video, method, tmp_path):
         mmkv.stream(model, processor, window=4000, fps=2.0, store=where)
 
 
+@pytest.mark.parametrize("store", ["tape", "disk:", "disk", ""])
+def test_a_store_that_is_none_is_refused_before_anything_is_watched(loaded, store):
+    with pytest.raises(ValueError, match="possible are|disk:") as caught:
+        mmkv.stream(*loaded, store=store)
+    assert "\n" not in str(caught.value) and repr(store) in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("cache", "said"),
     [
