@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import time
 
 import torch
 from attention_peers import dense_peers, unpacked
@@ -128,6 +129,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int)
     parser.add_argument("--shapes", type=int, help="how many of the shapes")
     parser.add_argument("--rounds", type=int, help="measurements of each")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no other setting begins")
     parser.add_argument("--out")
     options = parser.parse_args()
     cuda = options.device == "cuda"
@@ -136,10 +138,14 @@ def main() -> None:
     shapes = SHAPES[: options.shapes or (len(SHAPES) if cuda else 1)]
     timer = timer_for(options.device, options.rounds or (40 if cuda else 15))
     room = torch.cuda.get_device_properties(0).total_memory * SHARE if cuda else 8 << 30
+    begun = time.perf_counter()
     copy, rows, skipped = copy_bandwidth(options.device), [], []
     for shape, batch, length in track(list(itertools.product(shapes, batches, lengths)), "attending"):
         if 3 * 4 * batch * shape[1] * length * shape[2] > room:
             skipped.append(dict(shape=shape, batch=batch, length=length, why="memory"))
+            continue
+        if time.perf_counter() - begun > options.limit:
+            skipped.append(dict(shape=shape, batch=batch, length=length, why="no time left"))
             continue
         rows += measure(shape, batch, length, options.presets, timer, torch.bfloat16, copy)
     show(rows, copy)

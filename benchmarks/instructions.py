@@ -32,7 +32,7 @@ def compiled(form: PackFormat, general: bool) -> Loop:
     keys, values = form.keys.spec(DIM, form.group), form.values.spec(DIM, form.group)
     empty = torch.zeros(KV_HEADS, 8, dtype=torch.int32)
     q = torch.zeros(1, HEADS, 1, DIM, dtype=torch.bfloat16)
-    kernels = {name: Compiled(getattr(attend_packed_triton, name)) for name in ("_attend", "_merge", "attend_planes")}
+    kernels = {name: Compiled(getattr(attend_packed_triton, name)) for name in ("_attend", "attend_planes")}
     real = {name: getattr(attend_packed_triton, name) for name in (*kernels, "fits")}
     try:
         for name, kernel in kernels.items():
@@ -41,7 +41,7 @@ def compiled(form: PackFormat, general: bool) -> Loop:
             attend_packed_triton.fits = lambda keys, values: False
         attend_packed_triton.attend_packed_triton(
             q, Blocks.empty(keys, 4), Blocks.empty(values, 4), Table(empty, empty, empty), scale=0.1, softcap=None,
-            q_positions=None, causal=False, window=None, splits=2,
+            q_positions=None, causal=False, window=None, splits=2, merged=False,
         )  # fmt: skip
     finally:
         for name, kernel in real.items():

@@ -54,6 +54,7 @@ class Compiled:
 
     def __getitem__(self, grid):
         def compile_only(*args, **options):
+            self.kernel.device_caches.clear()  # they know no capabilities: what was compiled for another would be found
             self.variants.append(self.kernel.warmup(*args, grid=grid, **options))
 
         return compile_only

@@ -102,3 +102,10 @@ def copy_bandwidth(device: str) -> float:
     size = (1 << 30) if device == "cuda" else (256 << 20)
     a, b = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     return 2 * size / timer_for(device, 10).medians({"copy": lambda: b.copy_(a)})["copy"].seconds
+
+
+def product_speed(device: str) -> float:
+    """Operations (two per multiply-add) per second of a large product of bf16 matrices."""
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    return 2 * size**3 / timer_for(device, 5).medians({"product": lambda: a @ b})["product"].seconds

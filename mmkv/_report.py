@@ -34,6 +34,7 @@ class Report:
             tokens), vision tower included, since the cache was empty; of an image made scale by scale, of all its forwards.
         decode_tokens_per_second: growth of the sequence per second of all other forwards; None before the first.
         decode_tokens: tokens that speed was measured over; a handful says little.
+        replayed_steps: with `wrap(graphs=True)`, forwards of this sequence that a CUDA graph ran; None without.
 
     The layout of the tokens (about 27 bytes each, on the CPU, once for all layers) is no part of the bytes.
     """
@@ -51,6 +52,7 @@ class Report:
     prefill_seconds: float | None = None
     decode_tokens_per_second: float | None = None
     decode_tokens: int = 0
+    replayed_steps: int | None = None
 
     @property
     def ratio(self) -> float:
@@ -80,6 +82,7 @@ class Report:
             *self._computed(),
             ("prefill", prefill),
             ("decode", speed),
+            *([] if self.replayed_steps is None else [("CUDA graphs", f"ran {self.replayed_steps:,} decode steps")]),
         ]
 
     def _computed(self) -> list[tuple[str, str]]:
@@ -133,7 +136,7 @@ class Meter:
     """Measures a session: bytes after each forward of the decoder, seconds of each forward of the model."""
 
     def __init__(self) -> None:
-        self._numbers: dict = {}
+        self._held: _Held | None = None
         self._cuda = False
         self._begun: float | None = None
         self._stream = None  # weak reference to the state of the cache that the last forward used
@@ -181,44 +184,101 @@ class Meter:
         if self._stream is None or self._stream() is not state:
             self._stream, self._before = weakref.ref(state), len(layout) + gone - new
         self._seen = len(layout) + gone
-        valid = layout.valid
-        seen = int(valid.sum())
-        dense = held_elements = packed_elements = held = 0
-        in_tails: dict = {}
-        for layer in layers:
-            per_token = layer.keys.shape[1] * (layer.keys.shape[3] + layer.values.shape[3])
-            dense += seen * per_token * layer.keys.element_size()
-            apart = sum(sum(segment.tokens) for segment in layer.segments)
-            packed = sum(sum(segment.tokens) for segment in layer.packed)
-            split = (id(layer.state), layer.start, *layer.packed_to)  # alike in most layers
-            if split not in in_tails:
-                there = layer.state.layout.valid
-                in_tails[split] = sum(
-                    int(there[row, max(layer.start, p) :].sum()) for row, p in enumerate(layer.packed_to)
-                )
-            held += apart + in_tails[split]
-            held_elements += (apart + in_tails[split]) * per_token
-            packed_elements += packed * per_token
-        total = storage_bytes(t for layer in layers for t in layer.tensors())
-        packed_bytes = storage_bytes(t for layer in layers for segment in layer.packed for t in segment.tensors())
-        self._numbers = dict(
-            kv_bytes=total,
-            kv_bytes_peak=max(state.peak, total),
-            kv_bytes_dense=dense,
-            kv_bits=8 * total / held_elements if held_elements else 0.0,
-            packed_bits=8 * packed_bytes / packed_elements if packed_elements else None,
-            tail_bytes=total - packed_bytes,
-            tokens_seen=seen,
-            tokens_held=held / len(layers),
-            tokens=layout.counts(),
-        )
+        self._held = _count(layers, state)
 
-    def report(self, tokens_per_layer: tuple[int, ...] = ()) -> Report:
+    def step(self, layers, state, recount: bool) -> None:
+        """Count after a decode step in static buffers, of which the layout does not know yet.
+
+        Args:
+            recount: whether what the layers hold has changed by more than one token of each sequence.
+        """
+        self._seen = state.stretch.seen + state.stretch.steps
+        if recount or self._held is None:
+            self._held = _count(layers, state)
+        else:
+            self._held.grow(state.layout.batch)
+
+    def report(self, tokens_per_layer: tuple[int, ...] = (), replayed: int | None = None) -> Report:
         speed = self._decode_tokens / self._decode_seconds if self._decode_seconds else None
         return Report(
-            **self._numbers,
+            **({} if self._held is None else self._held.numbers()),
             tokens_per_layer=tokens_per_layer,
             prefill_seconds=self._prefill,
             decode_tokens_per_second=speed,
             decode_tokens=self._decode_tokens,
+            replayed_steps=replayed,
         )
+
+
+@dataclass
+class _Held:
+    """What the layers of a cache hold.
+
+    Args:
+        total, packed, peak: bytes of all, of packed segments, the most so far.
+        seen: valid tokens that entered, summed over the batch; counts: of each modality.
+        tokens: tokens held, summed over layers; of those, packed_tokens.
+        per_token: numbers of one token, by layer; sizes: bytes of each number.
+        held_numbers, packed_numbers: of all tokens that are held, of those that are packed.
+    """
+
+    total: int
+    packed: int
+    peak: int
+    seen: int
+    counts: dict[str, int]
+    per_token: list[int]
+    sizes: list[int]
+    tokens: float = 0
+    held_numbers: float = 0
+    packed_numbers: float = 0
+
+    def grow(self, count: int) -> None:
+        """As many tokens of text more, in every layer."""
+        self.seen += count
+        self.counts["text"] += count
+        self.tokens += count * len(self.per_token)
+        self.held_numbers += count * sum(self.per_token)
+
+    def numbers(self) -> dict:
+        """Keywords of a `Report`."""
+        return dict(
+            kv_bytes=self.total,
+            kv_bytes_peak=max(self.peak, self.total),
+            kv_bytes_dense=self.seen * sum(n * size for n, size in zip(self.per_token, self.sizes)),
+            kv_bits=8 * self.total / self.held_numbers if self.held_numbers else 0.0,
+            packed_bits=8 * self.packed / self.packed_numbers if self.packed_numbers else None,
+            tail_bytes=self.total - self.packed,
+            tokens_seen=self.seen,
+            tokens_held=self.tokens / len(self.per_token),
+            tokens=dict(self.counts),
+        )
+
+
+def _count(layers, state) -> _Held:
+    """Count what the layers hold; tokens of a stretch included."""
+    late = 0 if state.stretch is None else state.stretch.steps * state.layout.batch
+    held = _Held(
+        total=storage_bytes(t for layer in layers for t in layer.tensors()),
+        packed=storage_bytes(t for layer in layers for segment in layer.packed for t in segment.tensors()),
+        peak=state.peak,
+        seen=int(state.layout.valid.sum()),
+        counts=state.layout.counts(),
+        per_token=[layer.keys.shape[1] * (layer.keys.shape[3] + layer.values.shape[3]) for layer in layers],
+        sizes=[layer.keys.element_size() for layer in layers],
+    )
+    in_tails: dict = {}
+    for layer, per_token in zip(layers, held.per_token):
+        apart = sum(sum(segment.tokens) for segment in layer.segments)
+        packed = sum(sum(segment.tokens) for segment in layer.packed)
+        split = (id(layer.state), layer.start, *layer.packed_to)  # alike in most layers
+        if split not in in_tails:
+            there = layer.state.layout.valid
+            in_tails[split] = sum(int(there[row, max(layer.start, p) :].sum()) for row, p in enumerate(layer.packed_to))
+        moved = 0 if layer.static is None else layer.static.packed_tokens(state.stretch.steps)
+        held.tokens += apart + in_tails[split]
+        held.held_numbers += (apart + in_tails[split]) * per_token
+        held.packed_numbers += (packed + moved) * per_token
+    if late:
+        held.grow(late)
+    return held

@@ -7,10 +7,12 @@ import inspect
 import torch
 
 from mmkv._chunks import Pieces
+from mmkv._graphs import Recorder, Stepper
 from mmkv._report import Meter, Report
 from mmkv._vision.dropping import Dropping
 from mmkv._vision.looking import Looking
 from mmkv.cache import NAME, Cache, CacheMethod, adopt, register, settle_jointly, state_of
+from mmkv.cache.static import Stretch
 from mmkv.layout import TokenLayout
 from mmkv.models import Adapter
 from mmkv.tokens.method import TokenMethod
@@ -26,6 +28,7 @@ class Session:
         max_bytes: what the cache may hold after a forward, None for no limit.
         prefill_chunk: tokens of a prompt that run through the decoder at a time, None for all.
         tokens: methods that drop or merge vision tokens.
+        recorder: of decode steps, None to run each of them as it is.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Session:
         max_bytes: int | None,
         prefill_chunk: int | None,
         tokens: tuple[TokenMethod, ...] = (),
+        recorder: Recorder | None = None,
     ):
         self.adapter, self.method, self.positions = adapter, method, positions
         self.max_bytes, self.prefill_chunk = max_bytes, prefill_chunk
@@ -44,6 +48,8 @@ class Session:
         self.meter = Meter()
         self.dropping = Dropping(adapter, tokens) if tokens else None
         self.looking = Looking(adapter, tokens, self.dropping.media.noted_in_tower) if tokens else None
+        self.stepper = Stepper(adapter, recorder) if recorder is not None else None
+        self._stretch: Stretch | None = None  # that the decoder's forward in progress is a step of
         self._uncached = False  # a cache was made for a forward that asked for none
         self._depth = 0  # of forwards within a forward
         self._inputs: dict = {}  # keywords of the forward in progress
@@ -63,6 +69,8 @@ class Session:
             self._hooks.append(module.register_forward_hook(self._after_model, always_call=True))
         self._hooks.append(text_model.register_forward_pre_hook(self._before_text, with_kwargs=True))
         self._hooks.append(text_model.register_forward_hook(self._after_text, with_kwargs=True))
+        if self.stepper is not None:
+            self.stepper.attach()
         if self.dropping is not None:
             self._hooks += self.dropping.attach()
             self.looking.attach()
@@ -84,6 +92,8 @@ class Session:
         self._hooks = []
         if self.looking is not None:
             self.looking.detach()
+        if self.stepper is not None:
+            self.stepper.detach()
         if self.text_config._attn_implementation == NAME:  # else the user has set another one since
             self.text_config._attn_implementation = self.stock
         for module in self.adapter.attention_modules():
@@ -93,7 +103,8 @@ class Session:
     def report(self) -> Report:
         """The numbers of the last forward."""
         trace = self.dropping.trace if self.dropping is not None else None
-        return self.meter.report(() if trace is None else tuple(trace.computed()))
+        replayed = None if self.stepper is None else self.stepper.replayed
+        return self.meter.report(() if trace is None else tuple(trace.computed()), replayed)
 
     def _before_layer(self, module, args, kwargs):
         """Keep the norms of the hidden states that enter a decoder layer, or its attention."""
@@ -185,6 +196,10 @@ class Session:
             self._uncached = uncached
             cache = kwargs["past_key_values"] = Cache(self.adapter.model)
         state = adopt(cache, self.text_config, self.method, self.max_bytes)
+        if self.stepper is not None:
+            self._stretch = self.stepper.takes(cache, new, kwargs, self._inputs.get("input_ids", ids))
+            if self._stretch is not None:
+                return args, kwargs
         if embeds is None and self.method is not None and self.method.reads_embeddings:
             embeds = module.get_input_embeddings()(ids)
         chunk = self._chunk(state, new, kwargs)
@@ -239,12 +254,18 @@ class Session:
         start = torch.zeros(batch, dtype=torch.int64)
         if past is not None and len(past):
             start = (past.positions.amax(0) * past.valid + past.valid - 1).amax(1).long() + 1
+            if state.stretch is not None:  # whose tokens are not in the layout yet
+                start += state.stretch.steps
         positions = self.adapter.trained_positions(chunk, start, kwargs)
         return kwargs if positions is None else {**kwargs, "position_ids": positions.to(new.device)}
 
     def _after_text(self, module, args, kwargs, output):
         cache = kwargs.get("past_key_values")
         state = state_of(cache)
+        stretch, self._stretch = self._stretch, None
+        if stretch is not None:
+            self.meter.step(cache.layers, state, recount=stretch.steps == 1 or stretch.packed)
+            return output
         if state is not None:
             new = output.last_hidden_state.shape[1]
             if self.dropping is not None:

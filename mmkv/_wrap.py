@@ -9,6 +9,7 @@ import torch
 
 from mmkv import compat
 from mmkv._chunks import check_chunk
+from mmkv._graphs import check_graphs, recorder_for
 from mmkv._presets import preset as find_preset
 from mmkv._scales import check_painting, fitted
 from mmkv._session import Session
@@ -43,7 +44,9 @@ def wrap(
         prefill_chunk: tokens of a prompt that run through the decoder at a time, compressed in between, so that the peak of
             the cache falls too; the vision tower still runs once. What a method keeps of a chunk is decided before the
             rest of the prompt was read.
-        graphs: CUDA graphs for decode steps (a later version).
+        graphs: decode steps are recorded as CUDA graphs and replayed, which spares the launches of their kernels. For a model on
+            one CUDA device; not with methods that decide again while decoding (H2O, ZipCache, ZipVL), `max_bytes`
+            or sliding windows. The cache then has room for up to 1,024 further tokens, which the report counts.
 
     Returns:
         the same model object.
@@ -59,10 +62,10 @@ def wrap(
         raise ValueError(f"positions {positions!r}: possible are 'stock', 'trained'")
     limit = None if max_bytes is None else bytes_of(max_bytes, "max_bytes")
     check_chunk(prefill_chunk)
-    if graphs:
-        raise NotImplementedError("wrap(graphs=...) comes with a later version of mmkv; leave it out")
+    if not isinstance(graphs, bool):
+        raise ValueError(f"graphs={graphs!r}: possible are True and False")
     if is_timm_vit(base):
-        given = dict(preset=preset, cache=cache, max_bytes=max_bytes, prefill_chunk=prefill_chunk)
+        given = dict(preset=preset, cache=cache, max_bytes=max_bytes, prefill_chunk=prefill_chunk, graphs=graphs or None)
         return _wrap_vit(
             model, base, _instances(tokens), {name: v for name, v in given.items() if v not in (None, (), [])}
         )
@@ -78,7 +81,11 @@ def wrap(
         method.check_model(shape.layers, shape.heads)
     if method is not None or limit is not None:
         _check_device(base)
-    session = Session(adapter, method, positions, limit, prefill_chunk, token_methods)
+    recorder = None
+    if graphs:
+        check_graphs(adapter, method, token_methods, limit)
+        recorder = recorder_for(base)
+    session = Session(adapter, method, positions, limit, prefill_chunk, token_methods, recorder)
     try:
         session.attach()
     except BaseException:

@@ -29,6 +29,7 @@ FLOORS = {
     "mmkv._presets": 4,
     "mmkv._report": 4,
     "mmkv._session": 4,
+    "mmkv._graphs": 4,
     "mmkv._scales": 4,
     "mmkv._chunks": 4,
     "mmkv._vision": 4,

@@ -180,17 +180,6 @@ def test_unknown_preset_lists_all(model):
     assert "'zzzzzz' P" not in message  # sentences are kept apart
 
 
-LATER = [dict(graphs=True)]
-
-
-@pytest.mark.parametrize("options", LATER, ids=lambda o: next(iter(o)))
-def test_what_comes_later(model, options):
-    with pytest.raises(NotImplementedError) as caught:
-        mmkv.wrap(model, **options)
-    one_line(caught)
-    assert untouched(model)
-
-
 BAD_TYPES = [
     dict(cache=5),
     dict(cache=[5]),

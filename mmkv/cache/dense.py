@@ -28,6 +28,7 @@ class DenseSegment:
         self.positions = torch.zeros(0, dtype=torch.int32)  # [N], logical, on the CPU; ascending within a row
         self.lengths = [0] * (batch * heads)
         self._placed: torch.Tensor | None = None  # the positions where the queries are, made for sliding windows
+        self._rows: torch.Tensor | None = None  # int64 [2, B * Hkv] there: each row's first token, and how many it has
 
     def append(self, row: int, keys, values, columns, mask=None) -> None:
         """Add tokens of batch element `row` behind those it has.
@@ -52,7 +53,7 @@ class DenseSegment:
         )
         for head, count in enumerate(counts):
             self.lengths[row * self.heads + head] += count
-        self._placed = None
+        self._placed = self._rows = None
 
     @property
     def offsets(self) -> list[int]:
@@ -64,13 +65,18 @@ class DenseSegment:
         """Tokens that each batch element holds, averaged over its heads."""
         return [sum(self.lengths[i : i + self.heads]) / self.heads for i in range(0, len(self.lengths), self.heads)]
 
-    def attend(self, q, *, scale, softcap=None, q_positions=None, window=None) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(
+        self, q, *, scale, softcap=None, q_positions=None, window=None, merged=True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `PackedSegment.attend`."""
         if window is not None and (self._placed is None or self._placed.device != q.device):
             self._placed = self.positions.to(q.device)
+        if self._rows is None or self._rows.device != q.device:
+            self._rows = torch.tensor([self.offsets[:-1], self.lengths], device=q.device)
         return attend_ragged(
-            q, self.keys, self.values, self.offsets, scale=scale, softcap=softcap, positions=self._placed,
-            q_positions=q_positions, window=window,
+            q, self.keys, self.values, self._rows[0], counts=self._rows[1], longest=max(self.lengths), scale=scale,
+            softcap=softcap, positions=self._placed if window is not None else None, q_positions=q_positions,
+            window=window, merged=merged,
         )  # fmt: skip
 
     def of(self, row: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
@@ -118,7 +124,7 @@ class DenseSegment:
         self._index(torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64))
 
     def _index(self, at: torch.Tensor) -> None:
-        self._placed = None
+        self._placed = self._rows = None
         self.positions = self.positions[at]
         if self.keys is not None:
             at = at.to(self.keys.device)
@@ -131,7 +137,7 @@ class DenseSegment:
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor this segment holds."""
         held = [] if self.keys is None else [self.keys, self.values, self.positions]
-        return held if self._placed is None else [*held, self._placed]
+        return held + [t for t in (self._placed, self._rows) if t is not None]
 
 
 def _insert(old: torch.Tensor, new: torch.Tensor, offsets: list[int], first: int, counts: list[int]) -> torch.Tensor:

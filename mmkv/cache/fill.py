@@ -10,8 +10,6 @@ import torch
 from mmkv.kernels import Mass, probe
 from mmkv.layout import TokenLayout
 
-TILE_MASK = 1 << 24  # places of the mask over (probe rows, tokens) that exist at a time
-
 
 @dataclass(frozen=True)
 class Asked:
@@ -124,11 +122,14 @@ class Fill:
         Args:
             rows: int64 `[P]`, indices of fresh tokens.
         """
-        parts = [self._mass(some) for some in rows.split(max(1, TILE_MASK // max(self.length, 1)))]
-        total, top, count = parts[0]
-        for part in parts[1:]:
-            total, top, count = total + part.sum, torch.maximum(top, part.max), count + part.count
-        return Mass(total, top, count)
+        positions = rows.to(self.keys.device)  # keys are told by their index, not by their logical position
+        held = self._held()
+        found = probe(
+            self.queries(rows)[None], self.keys[None], scale=self.scale, softcap=self.softcap,
+            mask=None if held is None else held[None], positions=positions, causal=self.causal,
+        )  # fmt: skip
+        count = found.count[0].expand(-1, self.length)
+        return Mass(found.sum[0], found.max[0], count[0] if len(count) == 1 else count)
 
     def head_mean(self, rows: torch.Tensor) -> torch.Tensor:
         """Attention of probe rows itself, mean over query heads: fp32 `[P, n]`. For a few rows; no tokens recalled.
@@ -136,7 +137,9 @@ class Fill:
         Args:
             rows: int64 `[P]`, indices of fresh tokens.
         """
-        queries, mask = self.queries(rows), self._mask(rows)
+        queries, mask = self.queries(rows), None
+        if self.causal:
+            mask = torch.arange(self.length, device=self.keys.device) <= rows.to(self.keys.device)[:, None]
         total = torch.zeros(len(rows), self.length, device=self.keys.device)
         for head, keys in enumerate(self.keys):
             mine = queries[head * len(queries) // self.heads : (head + 1) * len(queries) // self.heads].float()
@@ -144,27 +147,16 @@ class Fill:
             if self.softcap is not None:
                 scores = self.softcap * (scores / self.softcap).tanh()
             if mask is not None:
-                scores = scores.masked_fill(~mask[0], -torch.inf)
+                scores = scores.masked_fill(~mask, -torch.inf)
             total += scores.softmax(-1).sum(0)
         return total / len(queries)
 
-    def _mass(self, rows: torch.Tensor) -> Mass:
-        """The same of so few rows that their mask may exist."""
-        found = probe(
-            self.queries(rows)[None], self.keys[None], scale=self.scale, softcap=self.softcap, mask=self._mask(rows)
-        )  # fmt: skip
-        count = found.count[0].expand(-1, self.length)
-        return Mass(found.sum[0], found.max[0], count[0] if len(count) == 1 else count)
-
-    def _mask(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """bool `[1, 1 or Hq, P, n]`: the keys that each probe row sees; None for all."""
-        device = self.keys.device
-        mask = torch.arange(self.length, device=device) <= rows.to(device)[:, None] if self.causal else None
-        if self.present is not None:
-            held = torch.nn.functional.pad(self.present, (0, self.length - self.old), value=True)[:, None]
-            mask = held if mask is None else held & mask
-            return mask.expand(-1, len(rows), -1).repeat_interleave(len(self.query) // self.heads, 0)[None]
-        return None if mask is None else mask[None, None]
+    def _held(self) -> torch.Tensor | None:
+        """bool `[Hq, 1, n]`: the places that hold a token; None where all do."""
+        if self.present is None:
+            return None
+        held = torch.nn.functional.pad(self.present, (0, self.length - self.old), value=True)[:, None]
+        return held.repeat_interleave(len(self.query) // self.heads, 0)
 
 
 @dataclass(eq=False)

@@ -210,13 +210,27 @@ class Packer:
             pack_blocks(self.stored_values(values, row, heads), count, self.value_spec),
         )
 
-    def stored_keys(self, x: torch.Tensor, row: int, heads: torch.Tensor) -> torch.Tensor:
-        """Keys `[N, group, D]` of the heads int64 `[N]`, as they are quantized."""
+    def pack_all(self, keys: torch.Tensor, values: torch.Tensor):
+        """Pack one full block of every batch element and head: `[B * Hkv, group, D]`, `[B * Hkv, group, Dv]`; as `pack`."""
+        at = torch.arange(len(keys), device=keys.device)
+        row, heads = at // self.heads, at % self.heads
+        count = torch.full_like(at, keys.shape[1], dtype=torch.int32)
+        return (
+            pack_blocks(self.stored_keys(keys, row, heads), count, self.key_spec),
+            pack_blocks(self.stored_values(values, row, heads), count, self.value_spec),
+        )
+
+    def stored_keys(self, x: torch.Tensor, row: int | torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+        """Keys `[N, group, D]` as they are quantized.
+
+        Args:
+            row: batch element, or of each block its own, int64 `[N]`.
+            heads: int64 `[N]`, KV head of each block.
+        """
         if self.key_balance is not None:
             x = x.float() / self.key_balance[row, heads][:, None]
         if self.order is not None:
-            order = self.order[row].long()  # [1 or Hkv, D]
-            order = order.expand(len(heads), -1) if order.shape[0] == 1 else order[heads]
+            order = self.order[row, heads if self.order.shape[1] > 1 else torch.zeros_like(heads)].long()  # [N, D]
             x = x.gather(-1, order[:, None, :].expand(x.shape))
         return self._key_basis(x)
 
@@ -239,8 +253,8 @@ class Packer:
             out = out * _by_query_head(self.value_balance, out.shape[1])
         return out
 
-    def stored_values(self, x: torch.Tensor, row: int, heads: torch.Tensor) -> torch.Tensor:
-        """Values `[N, group, Dv]` of the heads int64 `[N]`, as they are quantized."""
+    def stored_values(self, x: torch.Tensor, row: int | torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+        """Values `[N, group, Dv]`, as `stored_keys`."""
         if self.value_balance is not None:
             x = x.float() / self.value_balance[row, heads][:, None]
         if self.form.values.basis == "hadamard":

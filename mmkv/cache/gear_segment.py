@@ -123,17 +123,23 @@ class GearSegment(PackedSegment):
 
     packer_class = GearPacker
 
-    def attend(self, q, *, scale, softcap=None, q_positions=None, window=None) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(
+        self, q, *, scale, softcap=None, q_positions=None, window=None, merged=True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `PackedSegment.attend`."""
         asked, found = self.packer.query(q), None
         step = max(1, TILE_TOKENS[q.device.type] // (len(self.block) * self.packer.form.group))
         for first in range(0, self.block.shape[1], step):
             slots = slice(first, first + step)
             keys, values = self._decoded(self.keys, slots), self._decoded(self.values, slots)
-            mask = self._seen(slots, q_positions, window).repeat_interleave(q.shape[1] // self.heads, 1)
-            part = attend_dense(asked, keys, values, scale=scale, mask=mask, softcap=softcap)
-            found = part if found is None else merge([found, part])
-        return self.packer.output(found[0]), found[1]
+            mask = self._seen(slots, q_positions, window)[:, :, None]
+            part = attend_dense(
+                asked, keys, values, scale=scale, mask=mask, softcap=softcap, exact=q.dtype == torch.float32,
+                merged=False,
+            )  # fmt: skip
+            found = part if found is None else [t[None] for t in merge([found, part])]
+        out, lse = merge([found]) if merged else found
+        return self.packer.output(out), lse
 
     def _decoded(self, pool: GearBlocks, slots: slice) -> torch.Tensor:
         """fp32 `[B, Hkv, tokens, C]` of some slots."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -20,6 +21,9 @@ from mmkv.cache.summary import SummarySegment
 from mmkv.cache.view import View
 from mmkv.parts.probe_rows import recent
 from mmkv.parts.storage import storage_bytes
+
+if TYPE_CHECKING:
+    from mmkv.cache.static.layer import StaticLayer
 
 
 class KVLayer(CacheLayerMixin):
@@ -59,6 +63,7 @@ class KVLayer(CacheLayerMixin):
         # from the attention to the end of the forward, where layers decide jointly
         self.asked: Asked | None = None
         self.waits = False
+        self.static: StaticLayer | None = None  # buffers that do not move, while single tokens are decoded in a graph
         self._dropped = 0  # blocks that end before this position were freed (sliding windows)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -71,6 +76,9 @@ class KVLayer(CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Append `[B, Hkv, T, D]` keys and values; returns a `View` twice, which attends to all that is held."""
+        if self.static is not None:
+            there = self.static.append(key_states, value_states)
+            return there, there
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.settle()
@@ -89,7 +97,7 @@ class KVLayer(CacheLayerMixin):
         self.logical = self.state.root.seen
         self._pending = True
         if any(self.state.prompted):
-            self.state.count(self.index, storage_bytes(self.tensors()))
+            self.state.count(self.index, self.nbytes)
         view = View(self, new)
         return view, view
 
@@ -122,7 +130,7 @@ class KVLayer(CacheLayerMixin):
         (self.keys, self.values), self._before, self._pending = self._before, None, False
         self.seen -= self.new
         self.logical = self.seen
-        self.state.count(self.index, storage_bytes(self.tensors()))
+        self.state.count(self.index, self.nbytes)
 
     def finish(self, asked: Asked | None = None) -> None:
         """Store what is not decided upon, or not any more."""
@@ -136,7 +144,7 @@ class KVLayer(CacheLayerMixin):
         if self.state.max_bytes is not None:
             fit(self, self.state.max_bytes / self.state.layers)
         if any(self.state.prompted):
-            self.state.count(self.index, storage_bytes(self.tensors()))
+            self.state.count(self.index, self.nbytes)
 
     def _pack(self, asked: Asked | None) -> None:
         plans = [self._decide(row, asked) for row in range(len(self.packed_to))]
@@ -288,8 +296,15 @@ class KVLayer(CacheLayerMixin):
         waiting = held[held >= cut]
         self.packed_to[row] = int(waiting[0]) if waiting.numel() else self.seen
 
+    def stepped(self, steps: int) -> None:
+        """Go on from where `steps` single tokens were decoded in static buffers."""
+        self.seen, self.new = self.seen + steps, 1
+        self.logical = self.state.root.seen
+        self._free()
+
     def flush(self, residual: int) -> None:
         """Store whole groups of all but the newest `residual` tokens."""
+        self.state.end_stretch()
         for row in range(len(self.packed_to)):
             self._flush(row, None, residual)
         self._free()
@@ -405,11 +420,12 @@ class KVLayer(CacheLayerMixin):
             self._dropped = first
 
     def get_mask_sizes(self, query_length) -> tuple[int, int]:
-        return self.logical + compat.query_length(query_length), 0
+        return self.get_seq_length() + compat.query_length(query_length), 0
 
     def get_seq_length(self) -> int:
         """Logical length: tokens ever seen, by any layer."""
-        return self.logical
+        stretch = self.state.root.stretch
+        return self.logical if stretch is None else stretch.seen + stretch.steps
 
     def get_max_length(self) -> int:
         return -1 if self.window is None else self.window
@@ -418,6 +434,7 @@ class KVLayer(CacheLayerMixin):
 
     def crop(self, argument: int) -> None:
         """Cut the newest tokens: a negative count to remove, or (transformers 5.2) the length to keep."""
+        self.state.root.end_stretch()
         whole = compat.crop_target(argument, self.logical)
         length = self.state.kept_before(whole)
         self.settle()
@@ -464,6 +481,7 @@ class KVLayer(CacheLayerMixin):
         self.seen = length
 
     def _rows(self, index: torch.Tensor) -> None:
+        self.state.root.end_stretch()
         self.settle()
         if self._leads:
             self.state.rows(index)
@@ -498,6 +516,7 @@ class KVLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.state = self.state.root
+        self.state.end_stretch()
         if self.index == 0:
             self.state.reset()
         self.seen = self.logical = 0
@@ -517,8 +536,14 @@ class KVLayer(CacheLayerMixin):
     def batch_size(self) -> int:
         return len(self.packed_to)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor this layer holds."""
+        return storage_bytes(self.tensors())
+
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor this layer holds."""
         tail = [] if self.keys is None else [self.keys, self.values]
         tail += [] if self.scores is None else self.scores.tensors()
+        tail += [] if self.static is None else self.static.tensors()
         return tail + [t for segment in self.segments for t in segment.tensors()]

@@ -72,9 +72,9 @@ class PackedSegment:
         first = 0 if self.keys is None else len(self.keys)
         self.keys = packed[0] if self.keys is None else self.keys.cat(packed[0])
         self.values = packed[1] if self.values is None else self.values.cat(packed[1])
-        self._enter(row, first, counts, heads, at)
+        self.enter(row, first, counts, heads, at)
 
-    def _enter(self, row: int, first: int, counts: torch.Tensor, heads: torch.Tensor, at: torch.Tensor) -> None:
+    def enter(self, row: int, first: int, counts: torch.Tensor, heads: torch.Tensor, at: torch.Tensor) -> None:
         """Enter new blocks into the table.
 
         Args:
@@ -129,7 +129,9 @@ class PackedSegment:
         repeats = len(self.block) // max(len(self.positions), 1)
         return self.positions.repeat_interleave(repeats, 0) if repeats > 1 else self.positions
 
-    def attend(self, q, *, scale, softcap=None, q_positions=None, window=None) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(
+        self, q, *, scale, softcap=None, q_positions=None, window=None, merged=True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of queries over this segment's tokens, all of which precede the queries.
 
         Args:
@@ -137,13 +139,16 @@ class PackedSegment:
             scale, softcap: as in `mmkv.kernels.attend_packed`.
             q_positions: int `[B, Tq]`, needed with `window` alone.
             window: sliding window in tokens, None for full attention.
+            merged: False for S parts, whose number a GPU's size decides, that are yet to be merged.
 
         Returns:
-            output fp32 `[B, Hq, Tq, Dv]` in the model's channels, logsumexp fp32 `[B, Hq, Tq]`.
+            output fp32 `[B, Hq, Tq, Dv]` in the model's channels, logsumexp fp32 `[B, Hq, Tq]`; not merged, output
+            `[S, B, Hq, Tq, Dv]` and logsumexp `[S, B, Hq, Tq]`.
         """
         table = Table(self.block, self.count, self.start, self._block_positions() if window is not None else None)
-        out, lse = attend_packed(
-            self.packer.query(q),
+        packer = self.packer
+        found = attend_packed(
+            packer.query(q),
             self.keys,
             self.values,
             table,
@@ -152,8 +157,9 @@ class PackedSegment:
             q_positions=q_positions if window is not None else None,
             window=window,
             exact=q.dtype == torch.float32,  # a change of basis makes fp32 of any
+            merged=merged,
         )
-        return self.packer.output(out), lse
+        return packer.output(found[0]), found[1]
 
     def _block_positions(self) -> torch.Tensor | None:
         """Positions by block id, int32 `[NB, group]`, as the kernel wants them where tokens are scattered."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from mmkv.cache.method import DENSE, CacheMethod
 from mmkv.layout import TokenLayout
+
+if TYPE_CHECKING:
+    from mmkv.cache.static.stretch import Stretch
 
 NEW_MEDIA = 256  # vision tokens that justify a segment of their own, with its own channel order
 PROMPT = 256  # new tokens that are a prompt whatever they are; drafts of assisted decoding are far fewer
@@ -39,6 +43,8 @@ class CacheState:
         record_past: keep what a sliding window would drop, so that it can be cropped back.
         scales: tokens of each scale of the image that is made, where the model makes it scale by scale; () elsewhere.
         last: nobody will attend to the tokens of this forward again (the last scale's), so they are not kept.
+        steps: forwards of one token each since anything else happened.
+        stretch: the run of decode steps that is going on in static buffers, None where there is none.
     """
 
     method: CacheMethod | None = None
@@ -62,6 +68,8 @@ class CacheState:
     record_past: bool = False
     scales: tuple[int, ...] = ()
     last: bool = False
+    steps: int = 0
+    stretch: Stretch | None = None
     scratch: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -98,6 +106,7 @@ class CacheState:
     def extend(self, chunk: TokenLayout, embeds: torch.Tensor | None) -> None:
         """Enter the new tokens of a forward, before its first layer."""
         before = self.layout
+        self.steps = self.steps + 1 if len(chunk) == 1 and before is not None else 0
         self.scratch = {}
         self.norms = {}
         self.fresh = self._fresh(chunk)
@@ -145,7 +154,13 @@ class CacheState:
         self.held[index] = size
         self.peak = max(self.peak, sum(self.held.values()))
 
+    def end_stretch(self) -> None:
+        """Back from static buffers, before anything but a decode step happens."""
+        if self.stretch is not None:
+            self.stretch.close()
+
     def crop(self, length: int) -> None:
+        self.steps = 0
         if self.layout is None:
             return
         self.layout = self.layout.crop(length)
@@ -153,6 +168,7 @@ class CacheState:
             self.marks = self.marks[:, :length]
 
     def rows(self, index: torch.Tensor) -> None:
+        self.steps = 0
         if self.layout is None:
             return
         index = index.cpu()
@@ -166,4 +182,4 @@ class CacheState:
         self.layout = self.marks = None
         self.fresh, self.prompted, self.norms = [], [], {}
         self.held, self.peak = {}, 0
-        self.scales, self.last = (), False
+        self.scales, self.last, self.steps = (), False, 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mmkv.kernels import attend_dense, merge
+from mmkv.kernels import attend_dense
 
 
 class SummarySegment:
@@ -42,16 +42,13 @@ class SummarySegment:
         """Tokens that each batch element holds here: none, these stand for dropped ones."""
         return [0] * len(self.used)
 
-    def attend(self, q, *, scale, softcap=None, q_positions=None, window=None) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(
+        self, q, *, scale, softcap=None, q_positions=None, window=None, merged=True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `PackedSegment.attend`; a sliding window never meets a summary, its layers drop nothing."""
-        parts = []
-        group = q.shape[1] // self.counts.shape[1]
-        for i in range(self.counts.shape[2]):
-            one = slice(i, i + 1)
-            out, lse = attend_dense(q, self.keys[:, :, one], self.values[:, :, one], scale=scale, softcap=softcap)
-            weight = self.counts[:, :, i].log().repeat_interleave(group, 1)  # -inf where the place is empty
-            parts.append((out, lse + weight[:, :, None]))
-        return merge(parts)
+        return attend_dense(
+            q, self.keys, self.values, scale=scale, softcap=softcap, weight=self.counts, merged=merged
+        )  # fmt: skip
 
     def crop(self, length: int) -> None:
         """Nothing: a crop that deep is refused by the layer."""

@@ -10,7 +10,7 @@ from mmkv import compat
 from mmkv.cache.deciding import attending, look
 from mmkv.cache.fill import Asked
 from mmkv.cache.mask import LazyMask
-from mmkv.kernels import attend_dense, merge, merge_sinks, prefill_sparse
+from mmkv.kernels import attend_dense, merge, prefill_sparse
 
 if TYPE_CHECKING:
     from mmkv.cache.layer import KVLayer
@@ -90,19 +90,18 @@ class View:
                 sliding_window=None, is_causal=None, **other):  # fmt: skip
         self._refuse(mask, dropout, other)
         layer, scale = self.layer, asked.scale
-        batch, _, new, _ = query.shape
-        positions = torch.arange(layer.seen - new, layer.seen, device=query.device).expand(batch, -1)
+        positions = self._positions(query)
+        options = {"scale": scale, "softcap": softcap, "merged": False}
         parts = [
-            segment.attend(query, scale=scale, softcap=softcap, q_positions=positions, window=layer.window)
+            segment.attend(query, q_positions=positions, window=layer.window, **options)
             for segment in layer.segments
             if not segment.empty
         ]
-        seen = self._tail_mask(positions, asked.causal)
-        tail = attend_dense(query, layer.keys, layer.values, scale=scale, mask=seen, softcap=softcap)
-        out, lse = merge(parts + [tail])
-        if s_aux is not None:
-            out, lse = merge_sinks(out, lse, s_aux)
-        return out.to(query.dtype).transpose(1, 2).contiguous()
+        parts.append(
+            attend_dense(query, layer.keys, layer.values, **self._tail_sight(positions, asked.causal), **options)
+        )
+        out, _ = merge(parts, sinks=s_aux, dtype=query.dtype)
+        return out.transpose(1, 2).contiguous()
 
     def _refuse(self, mask, dropout, other) -> None:
         if isinstance(mask, torch.Tensor):
@@ -119,32 +118,40 @@ class View:
         if unknown:
             raise ValueError(f"attention keyword {', '.join(unknown)} is not supported with a compressed cache")
 
-    def _tail_mask(self, positions: torch.Tensor, causal: bool) -> torch.Tensor | None:
-        """bool `[B, 1, Tq, T]` over the dense tail, None where every query sees all of it."""
-        layer = self.layer
-        key = (layer.start, layer.keys.shape[2], tuple(layer.packed_to), layer.window, positions.device, causal)
+    def _positions(self, query: torch.Tensor) -> torch.Tensor:
+        """Logical positions of the new tokens, int64 `[B, Tq]`; layers of one forward share them."""
+        layer, key = self.layer, ("positions", self.layer.seen, self.new, query.device)
         if key not in layer.state.scratch:
-            layer.state.scratch[key] = self._make_tail_mask(positions, causal)
-        return layer.state.scratch[key]
+            layer.state.scratch[key] = torch.arange(layer.seen - self.new, layer.seen, device=query.device)
+        return layer.state.scratch[key].expand(query.shape[0], -1)
 
-    def _make_tail_mask(self, positions: torch.Tensor, causal: bool) -> torch.Tensor | None:
+    def _tail_sight(self, positions: torch.Tensor, causal: bool) -> dict:
+        """What `attend_dense` has to know of which query sees what of the dense tail."""
         layer = self.layer
         length = layer.keys.shape[2]
+        key = (layer.start, length, tuple(layer.packed_to), layer.window, positions.device, causal)
+        if key not in layer.state.scratch:
+            layer.state.scratch[key] = self._make_tail_sight(positions, causal, length)
+        return layer.state.scratch[key]
+
+    def _make_tail_sight(self, positions: torch.Tensor, causal: bool, length: int) -> dict:
+        layer = self.layer
         columns = torch.arange(layer.start, layer.start + length)
         held = layer.state.layout.valid[:, layer.start : layer.start + length]
         held = held & (columns >= torch.tensor(layer.packed_to)[:, None])
-        plain = bool(held.all())
-        windowed = layer.window is not None and length > layer.window
-        if plain and (self.new == 1 or not causal) and not windowed:
-            return None
-        columns, held = columns.to(positions.device), held.to(positions.device)
+        causal = causal and self.new > 1
+        window = layer.window if layer.window is not None and length > layer.window else None
+        mask = None if bool(held.all()) else held[:, None, None].to(positions.device)
+        if positions.is_cuda:  # a kernel compares positions as it goes, a mask of all pairs would be as large as the scores
+            return {
+                "mask": mask, "q_positions": positions, "k_start": layer.start, "causal": causal, "window": window
+            }  # fmt: skip
         query, key = positions[:, None, :, None], columns[None, None, None, :]
-        mask = held[:, None, None, :].expand(-1, -1, query.shape[2], -1)
         if causal:
-            mask = mask & (key <= query)
-        if layer.window is not None:
-            mask = mask & (key > query - layer.window)
-        return mask
+            mask = key <= query if mask is None else mask & (key <= query)
+        if window is not None:
+            mask = key > query - window if mask is None else mask & (key > query - window)
+        return {"mask": mask}
 
 
 def attention(module, query, key, value, attention_mask, **kwargs):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -26,8 +29,40 @@ def check_device(device: torch.device, **tensors: Tensor) -> None:
             raise ValueError(f"{name} is on {t.device}, the other tensors on {device}")
 
 
+def check_rank(rank: int, **tensors: Tensor) -> None:
+    """Raises unless each tensor has so many dimensions."""
+    for name, t in tensors.items():
+        if t.dim() != rank:
+            raise ValueError(f"{name} has {t.dim()} dimensions, {tuple(t.shape)}; it has to have {rank}")
+
+
+def check_integer(**tensors: Tensor) -> None:
+    """Raises unless each tensor holds whole numbers."""
+    for name, t in tensors.items():
+        if t.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} is {str(t.dtype).removeprefix('torch.')}; allowed are int32, int64")
+
+
+def check_numbers(scale: float, softcap: float | None = None, window: int | None = None) -> None:
+    """Raises unless they are what scores can be made with; none may be a tensor, which a GPU would have to be asked for."""
+    for name, value in (("scale", scale), ("softcap", softcap), ("window", window)):
+        if value is not None and not isinstance(value, Real):
+            raise TypeError(f"{name} is a {type(value).__name__}; it has to be a number")
+    if scale is None or not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it has to be finite")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}; it has to be above 0, or None for no cap")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; it has to be at least 1 token, or None for full attention")
+
+
 def group_size(q_heads: int, kv_heads: int) -> int:
     """Query heads per KV head."""
     if kv_heads < 1 or q_heads % kv_heads:
         raise ValueError(f"{q_heads} query heads do not divide over {kv_heads} KV heads")
     return q_heads // kv_heads
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Autograd would record a torch operation on these; Triton kernels leave no trace there."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

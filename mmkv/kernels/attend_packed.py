@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._check import check_device, check_float, group_size
+from ._check import check_device, check_float, check_numbers, group_size
+from ._sight import checked_positions
 from .blocks import Blocks
 from .digits import decode_digits, deinterleave, interleave
 from .pack import unpack_blocks
@@ -40,6 +41,7 @@ def attend_packed(
     causal: bool = False,
     window: int | None = None,
     exact: bool | None = None,
+    merged: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of q over the blocks that the table names.
 
@@ -53,19 +55,22 @@ def attend_packed(
         causal: hide keys at positions > the query's.
         window: hide keys at positions <= the query's - window.
         exact: on a GPU, products of fp32 numbers; else of fp16 or TF32 ones. None: as q's dtype has it. The CPU is always exact.
+        merged: False leaves the S runs of slots apart that programs of a GPU share, for `merge` to join with other parts.
 
     Returns:
         out fp32 [B, Hq, Tq, Dv] in the values' stored order and basis, lse fp32 [B, Hq, Tq] (natural log); a row that
-        sees no key gives (0, -inf).
+        sees no key gives (0, -inf). Not merged, out [S, B, Hq, Tq, Dv] and lse [S, B, Hq, Tq].
     """
+    check_numbers(scale, softcap, window)
     q_positions = _check(q, keys, values, table, q_positions, causal, window)
     options = {"scale": scale, "softcap": softcap, "q_positions": q_positions, "causal": causal, "window": window}
     if q.is_cuda:
         from .attend_packed_triton import attend_packed_triton
 
         with torch.cuda.device(q.device):  # Triton launches on the current device, a split model has several
-            return attend_packed_triton(q, keys, values, table, exact=exact, **options)
-    return attend_packed_reference(q, keys, values, table, **options)
+            return attend_packed_triton(q, keys, values, table, exact=exact, merged=merged, **options)
+    out, lse = attend_packed_reference(q, keys, values, table, **options)
+    return (out, lse) if merged else (out[None], lse[None])
 
 
 def _check(q, keys, values, table, q_positions, causal, window) -> Tensor | None:
@@ -84,11 +89,7 @@ def _check(q, keys, values, table, q_positions, causal, window) -> Tensor | None
     if b and table.rows % b:
         raise ValueError(f"{table.rows} table rows do not divide over a batch of {b}")
     group_size(hq, table.rows // b if b else 1)
-    if not causal and window is None:
-        return None
-    if q_positions is None:
-        raise ValueError("causal and window need q_positions")
-    return q_positions.expand(b, tq)
+    return checked_positions(q, q_positions, causal, window)
 
 
 class Tile(NamedTuple):
@@ -254,6 +255,7 @@ def attend_packed_reference(
             acc[span, :, cols].mul_(fade).add_(_by_row(out, local, rows, "sum"))
             total[span, :, cols].mul_(fade).add_(_by_row(p.sum(-1, keepdim=True), local, rows, "sum"))
             top[span, :, cols] = new
+        del key_tiles, value_tiles  # else the next ones are decoded while these are still held
     out = acc / total.clamp(min=torch.finfo(torch.float32).tiny)
     lse = (top + total.log()).squeeze(-1)
     return out.view(b, hq, tq, dv), lse.view(b, hq, tq)

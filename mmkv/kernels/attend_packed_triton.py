@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._splits import split_count
 from .attend_planes_triton import attend_planes, fits, order
 from .blocks import Blocks, scale8_table
+from .merge_triton import merge_triton
 from .table import Table
 from .triton_codes import classes, decode_levels, level_table, load_scale
 
@@ -121,7 +123,7 @@ def _value_tokens(
 def _attend(
     p_q, s_qb, s_qh, s_qt, s_qd,
     p_kc, p_ks, p_kz, p_kt, p_kl, p_vc, p_vs, p_vz, p_vt, p_vl, p_power,
-    p_block, p_count, p_start, p_pos, p_qpos, p_out, p_lse,
+    p_block, p_count, p_start, p_pos, p_qpos, s_pb, s_pt, p_out, p_lse,
     scale, softcap, window, R, HKV, TQ, S, SLOTS_PER_SPLIT,
     G: tl.constexpr, GROUP: tl.constexpr, DV: tl.constexpr,
     KEYS: tl.constexpr, K_CG: tl.constexpr, K_BYTES: tl.constexpr, K_NS: tl.constexpr, K_NZ: tl.constexpr,
@@ -140,7 +142,7 @@ def _attend(
     p_qm = p_q + i_b * s_qb + (i_h * G + o_g) * s_qh + o_tq * s_qt
     b_at = tl.zeros((BM,), dtype=tl.int64)
     if CAUSAL or WINDOW:
-        b_at = tl.load(p_qpos + i_b * TQ + o_tq, mask=m_m, other=0)
+        b_at = tl.load(p_qpos + i_b * s_pb + o_tq * s_pt, mask=m_m, other=0).to(tl.int64)
     o_v = tl.arange(0, BV)
     b_top = tl.full((BM,), float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros((BM,), dtype=tl.float32)
@@ -211,29 +213,6 @@ def _attend(
     tl.store(p_out + o_row[:, None] * DV + o_v[None, :], b_o, mask=m_m[:, None] & (o_v < DV)[None, :])
 
 
-@triton.jit
-def _merge(p_part, p_plse, p_out, p_lse, N, SPLITS, DV: tl.constexpr, BV: tl.constexpr):
-    """Program (query row): logsumexp merge of the splits' partial results."""
-    i_n = tl.program_id(0).to(tl.int64)
-    o_v = tl.arange(0, BV)
-    m_v = o_v < DV
-    b_o = tl.zeros((BV,), dtype=tl.float32)
-    b_top, b_sum = float("-inf"), 0.0
-    o_n = i_n
-    for _ in range(SPLITS):
-        b_lse = tl.load(p_plse + o_n)
-        b_new = tl.maximum(b_top, b_lse)
-        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_fade, b_w = tl.exp(b_top - b_base), tl.exp(b_lse - b_base)
-        b_o = b_o * b_fade + b_w * tl.load(p_part + o_n * DV + o_v, mask=m_v, other=0.0)
-        b_sum = b_sum * b_fade + b_w
-        b_top = b_new
-        o_n += N
-    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
-    tl.store(p_lse + i_n, b_top + tl.log(b_sum))
-    tl.store(p_out + i_n * DV + o_v, b_o / b_sum, mask=m_v)
-
-
 def _pool(blocks: Blocks) -> tuple[list[Tensor], tuple]:
     """Pointers (codes, scale, zero, top, levels) and constants of a pool; what a format lacks is never read."""
     spec = blocks.spec
@@ -241,12 +220,6 @@ def _pool(blocks: Blocks) -> tuple[list[Tensor], tuple]:
     pointers = [t.contiguous() for t in parts] + [level_table(spec, blocks.device)]
     cg = spec.channel_group if spec.axis == "token" else 0
     return pointers, (classes(spec), cg, spec.code_bytes, spec.n_scale, spec.n_zero, blocks.top is not None)
-
-
-def _split_slots(programs: int, slots: int, device: torch.device) -> int:
-    """Splits of the slots such that about four programs per multiprocessor run, with at least two slots each."""
-    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(1, min(-(-4 * sms // max(programs, 1)), slots // 2))
 
 
 def attend_packed_triton(
@@ -262,6 +235,7 @@ def attend_packed_triton(
     window: int | None,
     splits: int | None = None,
     exact: bool | None = None,
+    merged: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`attend_packed` by Triton; arguments as there, q_positions [B, Tq] or None; splits: runs of slots."""
     exact = q.dtype == torch.float32 if exact is None else exact
@@ -276,27 +250,25 @@ def attend_packed_triton(
     bm = min(64, max(8 if by_planes else 16, triton.next_power_of_2(g * tq)))
     tiles = triton.cdiv(g * tq, bm)
     if splits is None:
-        splits = _split_slots(rows * tiles, slots, q.device)
+        splits = split_count(rows * tiles, slots, q.device, least=2)
     per_split = max(1, triton.cdiv(slots, splits))
     splits = max(1, triton.cdiv(slots, per_split))
     part = torch.empty(splits, n, dv, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(splits, n, dtype=torch.float32, device=q.device)
     if n:
-        at = table.block if q_positions is None else q_positions.to(torch.int64).contiguous()
+        at = (table.block, 0, 0) if q_positions is None else (q_positions, *q_positions.stride())
         common = (
             table.block.contiguous(), table.count.contiguous(), table.start.contiguous(),
-            table.block if table.positions is None else table.positions.contiguous(), at, part, part_lse,
+            table.block if table.positions is None else table.positions.contiguous(), *at, part, part_lse,
             scale, softcap or 1.0, window or 0, rows, rows // b, tq, slots, per_split, g, group,
         )  # fmt: skip
         masks = (softcap is not None, causal, window is not None, table.positions is not None)
         launch = _launch_planes if by_planes else _launch_general
         launch((rows, tiles, splits), q, keys, values, common, masks, bm, exact)
-    if splits == 1 or n == 0:
-        return part[0].view(b, hq, tq, dv), part_lse[0].view(b, hq, tq)
-    out = torch.empty(b, hq, tq, dv, dtype=torch.float32, device=q.device)
-    lse = torch.empty(b, hq, tq, dtype=torch.float32, device=q.device)
-    _merge[(n,)](part, part_lse, out, lse, n, splits, dv, max(16, triton.next_power_of_2(dv)))
-    return out, lse
+    found = part.view(splits, b, hq, tq, dv), part_lse.view(splits, b, hq, tq)
+    if not merged:
+        return found
+    return (found[0][0], found[1][0]) if splits == 1 else merge_triton([found])
 
 
 def _launch_general(grid, q: Tensor, keys: Blocks, values: Blocks, common, masks, bm: int, exact: bool) -> None:
@@ -321,7 +293,7 @@ def _launch_planes(grid, q: Tensor, keys: Blocks, values: Blocks, common, masks,
     attend_planes[grid](
         q, *q.stride(), _as_words(key_codes), *key_pointers, value_codes if trits else _as_words(value_codes),
         *value_pointers, scale8_table(q.device), *common, d, dv, k_classes, k_bytes // 4, *key_constants, v_classes,
-        *value_constants, *order(keys.spec), *masks, bm, channels, words, q.is_cuda,
+        *value_constants, *order(keys.spec), *masks, bm, channels, words, not triton.knobs.runtime.interpret,
         num_warps=4 if keys.spec.group > 64 else 2,
     )  # fmt: skip
 

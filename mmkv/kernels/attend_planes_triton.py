@@ -92,7 +92,7 @@ def _class_scores(
 def attend_planes(
     p_q, s_qb, s_qh, s_qt, s_qd,
     p_kc, p_ks, p_kz, p_kt, p_vc, p_vs, p_vz, p_vt, p_power,
-    p_block, p_count, p_start, p_pos, p_qpos, p_out, p_lse,
+    p_block, p_count, p_start, p_pos, p_qpos, s_pb, s_pt, p_out, p_lse,
     scale, softcap, window, R, HKV, TQ, S, SLOTS_PER_SPLIT,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     KEYS: tl.constexpr, K_WORDS: tl.constexpr, K_NS: tl.constexpr, K_NZ: tl.constexpr, K_SCALE8: tl.constexpr,
@@ -115,7 +115,7 @@ def attend_planes(
     p_qm = p_q + i_b * s_qb + (i_h * G + o_g) * s_qh + o_tq * s_qt
     b_at = tl.zeros((BM,), dtype=tl.int64)
     if CAUSAL or WINDOW:
-        b_at = tl.load(p_qpos + i_b * TQ + o_tq, mask=m_m, other=0)
+        b_at = tl.load(p_qpos + i_b * s_pb + o_tq * s_pt, mask=m_m, other=0).to(tl.int64)
 
     # queries are brought to at most 1, so that times a scale they fit fp16; scores come out in powers of two
     b_most = tl.zeros((BM,), dtype=tl.float32)

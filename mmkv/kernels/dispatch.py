@@ -8,7 +8,8 @@ import torch
 
 TWINS = {
     "attend_packed": True, "pack_blocks": True, "attend_dense": False, "attend_ragged": False, "merge": False,
-    "prefill_sparse": False, "probe": False,
+    "prefill_sparse": True, "probe": True,
+    "group_mean": True, "group_total": True, "most_similar": True, "rotate": True,
 }  # fmt: skip
 
 

@@ -7,11 +7,11 @@ sizes are 0, and log(0) masks them in attention proportional to size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 
-from mmkv.parts.tower_attention import TILE
+from mmkv.kernels import Members, group_mean, group_members, group_total, most_similar
 
 
 @dataclass(eq=False)
@@ -69,18 +69,11 @@ class Grouping:
 
         Summed in fp32 at least. The only member of a group stays as it is, to the bit.
         """
-        wide = torch.promote_types(x.dtype, torch.float32)
-        weight = torch.ones(self.index.shape, dtype=wide, device=x.device) if weight is None else weight.to(wide)
-        whole = self.total(weight).gather(1, self.index.clamp(min=0))
-        share = torch.where(whole > 0, weight / whole.where(whole > 0, 1), 0)
-        summed = x.new_zeros(x.shape[0] * (self.count + 1), x.shape[2], dtype=wide)
-        summed = summed.index_add(0, self._flat(), (x * share[..., None]).flatten(0, 1))
-        return summed.view(x.shape[0], self.count + 1, -1)[:, : self.count].to(x.dtype)
+        return group_mean(x, self.index, self.count, weight, self._members)
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """`[B, N']` of `[B, N]`: the sum over each group's members."""
-        slot = self.index.where(self.index >= 0, self.count)
-        return values.new_zeros(len(values), self.count + 1).scatter_add(1, slot, values)[:, : self.count]
+        return group_total(values, self.index, self.count, self._members)
 
     def merge_sizes(self, size: torch.Tensor) -> torch.Tensor:
         """Sizes fp32 `[B, N']` of the groups, of sizes `[B, N]` of their members (each by its `size_share`)."""
@@ -98,10 +91,10 @@ class Grouping:
         """`[B, N, C]` of `[B, N', C]`: each token gets the vector of its group, a pruned one zeros."""
         return unmerge(y, self.index)
 
-    def _flat(self) -> torch.Tensor:
-        """Places `[B * N]` in rows of `count + 1`, the last of which takes what is pruned."""
-        slot = self.index.where(self.index >= 0, self.count)
-        return (slot + torch.arange(len(slot), device=slot.device)[:, None] * (self.count + 1)).flatten()
+    @cached_property
+    def _members(self) -> Members | None:
+        """What a GPU sorts, once for all that is merged by this grouping."""
+        return group_members(self.index, self.count) if self.index.is_cuda else None
 
 
 def unmerge(y: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -131,13 +124,14 @@ def bipartite_soft_matching(metric: torch.Tensor, r: int, prefix: int = 0) -> Gr
     batch, n, _ = metric.shape
     r = min(r, max(n - prefix, 0) // 2)
     place = torch.arange(n, device=metric.device)
-    even, odd = place[prefix + prefix % 2 :: 2], place[prefix + 1 - prefix % 2 :: 2]
+    evens, odds = slice(prefix + prefix % 2, None, 2), slice(prefix + 1 - prefix % 2, None, 2)
+    even, odd = place[evens], place[odds]
     order = torch.full((batch, n), -1, dtype=torch.int64, device=metric.device)
     order[:, :prefix] = place[:prefix]
     if not r:  # also where there is no odd token to look at
         order[:, torch.cat([even, odd])] = place[prefix:]
         return Grouping(order, n)
-    score, best = most_similar(metric[:, even], metric[:, odd])
+    score, best = most_similar(metric[:, evens], metric[:, odds])
     strongest = score.argsort(dim=1, descending=True, stable=True)[:, :r]
     merged = torch.zeros_like(score, dtype=torch.bool).scatter_(1, strongest, True)
     first_odd = n - r - len(odd)
@@ -169,17 +163,3 @@ def nearest_important(
     rows = torch.arange(len(metric), device=metric.device)[:, None]
     score, best = most_similar(metric[rows, rest], metric[rows, important])
     return important.gather(1, best), score
-
-
-def most_similar(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest cosine of each of `a` `[B, n, D]` with any of `b` `[B, m, D]`, and which: `[B, n]` each. Zero vectors give 0.
-
-    A tile of the similarities exists at a time.
-    """
-    wide = torch.promote_types(a.dtype, torch.float32)
-    a, b = F.normalize(a.to(wide), dim=-1), F.normalize(b.to(wide), dim=-1).transpose(1, 2)
-    step = max(1, TILE // max(b.shape[0] * b.shape[2], 1))
-    found = [(a[:, row : row + step] @ b).max(-1) for row in range(0, a.shape[1], step)]
-    if not found:
-        return a.new_zeros(a.shape[:2]), torch.zeros(a.shape[:2], dtype=torch.int64, device=a.device)
-    return torch.cat([f.values for f in found], 1), torch.cat([f.indices for f in found], 1)

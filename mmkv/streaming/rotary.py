@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mmkv import compat
+from mmkv.kernels import rotate
 from mmkv.models import Adapter
 
 
@@ -20,17 +21,15 @@ class Rotary:
         self.sections = compat.mrope_sections(adapter.text_config)
 
     def tables(self, ids: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin fp32 `[T, D]` at positions `[A, T]`."""
+        """cos and sin fp32 `[T, D / 2]`, a column for each pair of channels, at positions `[A, T]`."""
         ids = ids.to(like.device)[:, None] if self.axes > 1 else ids.to(like.device)
         cos, sin = self.module(like.float(), ids)  # an fp32 input gives fp32 tables
-        return compat.merged_axes(cos, self.sections), compat.merged_axes(sin, self.sections)
+        cos, sin = compat.merged_axes(cos, self.sections), compat.merged_axes(sin, self.sections)
+        return cos[:, : cos.shape[1] // 2], sin[:, : sin.shape[1] // 2]  # both halves are alike
 
     def rotate(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """`[..., T, D]` rotated to positions `[A, T]`; the dtype stays."""
-        cos, sin = self.tables(ids, x)
-        half = x.shape[-1] // 2
-        turned = torch.cat([-x[..., half:], x[..., :half]], -1)
-        return (x * cos + turned * sin).to(x.dtype)
+        return rotate(x, *self.tables(ids, x))
 
 
 def unrotated(kwargs: dict) -> dict:

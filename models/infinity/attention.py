@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mmkv.kernels import rotate
 from mmkv.models.infinity.conditioning import keys_values, text_attention
 from mmkv.models.infinity.configuration import InfinityConfig
-from mmkv.models.infinity.rotary import rotated
 
 SHARPEST = math.log(100)  # of the learned factor on queries
 
@@ -61,8 +61,8 @@ class SelfAttention(nn.Module):
         qkv = F.linear(x.to(self.qkv_proj.weight.dtype), self.qkv_proj.weight, bias)
         query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         factor = self.log_scale.float().clamp_max(SHARPEST).exp()
-        query = rotated(F.normalize(query.float(), dim=-1, eps=1e-12) * factor, table).to(value.dtype)
-        key = rotated(F.normalize(key.float(), dim=-1, eps=1e-12), table).to(value.dtype)
+        query = rotate(F.normalize(query.float(), dim=-1, eps=1e-12) * factor, *table, interleaved=True).to(value.dtype)
+        key = rotate(F.normalize(key.float(), dim=-1, eps=1e-12), *table, interleaved=True).to(value.dtype)
         if past_key_values is not None:
             key, value = _with_past(past_key_values, key, value, self.layer_idx, last)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkv.kernels import rotary_tables
 from mmkv.models.infinity.schedules import Schedule
 
 BASE = 10000.0
@@ -19,7 +20,7 @@ def places(count: int, extent: int) -> Tensor:
 
 
 def rotary_table(schedule: Schedule, scales: range, head_dim: int, device=None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the tokens of some scales: fp32 `[T, head_dim / 2]` each.
+    """Cosines and sines of the tokens of some scales: fp32 `[T, head_dim / 2]` each, for pairs of neighbouring channels.
 
     Args:
         schedule: of the image.
@@ -29,17 +30,7 @@ def rotary_table(schedule: Schedule, scales: range, head_dim: int, device=None) 
     """
     half = head_dim // 2
     frequency = 1.0 / BASE ** (torch.arange(0, half, 2).float() / half)
-    angles = []
-    for rows, columns in (schedule.sizes[scale] for scale in scales):
-        row = torch.outer(places(rows, schedule.extent[0]), frequency)[:, None].expand(-1, columns, -1)
-        column = torch.outer(places(columns, schedule.extent[1]), frequency)[None].expand(rows, -1, -1)
-        angles.append(torch.cat([row, column], -1).flatten(0, 1))
-    angle = torch.cat(angles)
-    return angle.cos().to(device), angle.sin().to(device)
-
-
-def rotated(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """`x` fp32 `[B, H, T, D]` with its pairs of neighbouring channels turned by a `rotary_table` of the T tokens."""
-    cos, sin = table
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([cos * even - sin * odd, sin * even + cos * odd], -1).flatten(-2)
+    sizes = [schedule.sizes[scale] for scale in scales]
+    at = [torch.cartesian_prod(*(places(n, e) for n, e in zip(size, schedule.extent, strict=True))) for size in sizes]
+    cos, sin = rotary_tables(torch.cat(at).T, frequency.repeat(2), sections=(len(frequency), len(frequency)))
+    return cos.to(device), sin.to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 import random_models as rm
@@ -93,7 +94,7 @@ def test_random_probes_follow_the_seed(monkeypatch):
 def test_many_rows_are_probed_in_pieces(monkeypatch):
     keys, query = torch.randn(1, 60, 8), torch.randn(2, 60, 8)
     whole = ZipCache(**ALL_ROWS).score(fill_of(keys, query))
-    monkeypatch.setattr("mmkv.cache.fill.TILE_MASK", 60 * 7)
+    monkeypatch.setattr(sys.modules["mmkv.kernels.probe"], "TILE_SCORES", 2 * 60 * 7)
     assert torch.allclose(whole, ZipCache(**ALL_ROWS).score(fill_of(keys, query)), rtol=1e-5)
 
 

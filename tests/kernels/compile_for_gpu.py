@@ -20,7 +20,6 @@ from mmkv.kernels import (
     lloyd,
     mean_only,
     minmax,
-    pack_triton,
     symmetric,
     ternary,
 )
@@ -56,14 +55,11 @@ def planes_runs() -> list[tuple]:
 
 
 def main() -> None:
-    names = [(attend_packed_triton, name) for name in ("_attend", "_merge", "attend_planes")]
-    names += [(pack_triton, "_measure"), (pack_triton, "_encode")]
+    names = [(attend_packed_triton, name) for name in ("_attend", "attend_planes")]
     kernels = [Compiled(getattr(module, name)) for module, name in names]
     for (module, name), kernel in zip(names, kernels):
         setattr(module, name, kernel)
     compile_for(90)
-    for spec in (spec for i in (0, 2) for spec in formats(128, 128)[i]):
-        pack_triton.pack_blocks_triton(torch.zeros(1, 128, 128, dtype=torch.bfloat16), torch.ones(1).int(), spec)
     runs = ((90, torch.bfloat16, 256, 1, 0), (80, torch.float32, 80, 9, 1), (90, torch.float16, 96, 1, 2))
     for capability, dtype, d, tq, i in runs:
         compile_for(capability)
@@ -72,7 +68,7 @@ def main() -> None:
         attend_packed_triton.attend_packed_triton(
             torch.zeros(1, 14, tq, d, dtype=dtype), *(Blocks.empty(spec, 4) for spec in formats(d, 128)[i]),
             Table(zeros, zeros, zeros), scale=0.1, softcap=None if at is None else 5.0, q_positions=at,
-            causal=at is not None, window=None if at is None else 7, splits=2,
+            causal=at is not None, window=None if at is None else 7, splits=2, merged=False,
         )  # fmt: skip
     for capability, dtype, tq, (keys, values) in planes_runs():
         compile_for(capability)
@@ -80,7 +76,7 @@ def main() -> None:
         attend_packed_triton.attend_packed_triton(
             torch.zeros(1, 14, tq, keys.channels, dtype=dtype), Blocks.empty(keys, 4), Blocks.empty(values, 4),
             Table(zeros, zeros, zeros), scale=0.1, softcap=None, q_positions=torch.zeros(1, tq, dtype=torch.int64),
-            causal=tq > 1, window=None, splits=2,
+            causal=tq > 1, window=None, splits=2, merged=False,
         )  # fmt: skip
     for (_, name), kernel in zip(names, kernels):
         shared = [one.metadata.shared for one in kernel.variants if one.asm["ptx"]]

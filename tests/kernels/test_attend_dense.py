@@ -67,3 +67,41 @@ def test_what_does_not_fit_raises():
         attend_dense(q[:, :2], k, k, scale=1.0, mask=torch.zeros(2, 5))
     with pytest.raises(ValueError, match="does not broadcast"):
         attend_dense(q[:, :2], k, k, scale=1.0, mask=torch.ones(2, 4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("tiles", [None, (16, 7)])
+@pytest.mark.parametrize("seen", [{"causal": True}, {"window": 9}, {"causal": True, "window": 9}], ids=str)
+def test_positions_are_a_mask(monkeypatch, seen, tiles):
+    if tiles:
+        module = sys.modules["mmkv.kernels.attend_dense"]
+        monkeypatch.setitem(module.TILE_SCORES, "cpu", tiles[0])
+        monkeypatch.setattr(module, "TILE_KEYS", tiles[1])
+    q, k, v = torch.randn(2, 4, 6, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)
+    at, key = torch.tensor([[99, 100, 120, 139, 140, 150], [104] * 6]), torch.arange(100, 140)
+    held = torch.rand(2, 1, 1, 40) < 0.7
+    mask = held & ((key <= at[:, None, :, None]) | ("causal" not in seen))
+    mask = mask & (key > at[:, None, :, None] - seen.get("window", 1000))
+    want = naive(q, k, v, 0.3, mask)
+    close(attend_dense(q, k, v, scale=0.3, mask=held, q_positions=at, k_start=100, **seen), want)
+    grouped = held[:, :, None].expand(2, 2, 2, 1, 40)
+    close(attend_dense(q, k, v, scale=0.3, mask=grouped, q_positions=at, k_start=100, **seen), want)
+
+
+def test_weight_counts_a_key_as_often():
+    q, k, v = torch.randn(1, 2, 3, 16), torch.randn(1, 1, 4, 16), torch.randn(1, 1, 4, 16)
+    often = [3, 1, 0, 2]
+    weight = torch.tensor(often).float().view(1, 1, 4)
+    want = naive(q, *(x.repeat_interleave(torch.tensor(often), 2) for x in (k, v)), 0.3, softcap=2.0)
+    close(attend_dense(q, k, v, scale=0.3, weight=weight, softcap=2.0), want)
+
+
+def test_positions_that_do_not_fit_raise():
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8)
+    with pytest.raises(ValueError, match="causal needs q_positions"):
+        attend_dense(q, k, k, scale=1.0, causal=True)
+    with pytest.raises(TypeError, match="int32 or int64"):
+        attend_dense(q, k, k, scale=1.0, window=2, q_positions=torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="does not broadcast"):
+        attend_dense(q, k, k, scale=1.0, window=2, q_positions=torch.zeros(1, 4).int())
+    with pytest.raises(ValueError, match="weight is"):
+        attend_dense(q, k, k, scale=1.0, weight=torch.ones(1, 2, 4))

@@ -5,7 +5,7 @@ import torch
 
 from mmkv.kernels import attend_ragged
 
-from .naive import rms
+from .naive import close, rms
 
 
 def naive(q, k, v, offsets, scale, softcap, positions, q_positions, window):
@@ -61,3 +61,26 @@ def test_what_does_not_fit():
         attend_ragged(q, k, k, [0, 4, 9, 10], scale=1.0)
     with pytest.raises(ValueError, match="window needs"):
         attend_ragged(q, k, k, [0, 4, 10], scale=1.0, window=4)
+
+
+@pytest.mark.parametrize("seen", [{}, {"window": 9}, {"causal": True, "window": 9}], ids=str)
+@pytest.mark.parametrize("counts", [[6, 6, 6, 6], [0, 0, 0, 0], [6, 0, 2, 10]], ids=str)
+@pytest.mark.parametrize("start", [[0, 10, 20, 30], [1, 7, 13, 19], [30, 20, 0, 10], [5, 5, 5, 5]], ids=str)
+def test_rows_by_tensors(start, counts, seen):
+    """Gaps, any order and shared rows, evenly spaced or not, against rows gathered one behind the other."""
+    q, k, v = torch.randn(2, 4, 3, 16), torch.randn(40, 16), torch.randn(40, 24)
+    at, first = torch.randint(0, 20, (40,)), torch.tensor([3, 0, 9, 5])
+    rows = [torch.arange(s, s + n) for s, n in zip(start, counts)]
+    offsets = [0, *torch.tensor(counts).cumsum(0).tolist()]
+    seen |= {"q_positions": torch.tensor([[4, 8, 30], [12, 16, 5]])} if seen else {}
+    kw = {"counts": torch.tensor(counts), "longest": 10, "scale": 0.4, "softcap": 3.0, **seen}
+    index = torch.cat(rows)
+    for places in ({"positions": at}, {"k_start": first}):
+        gathered = at[index] if "positions" in places else torch.cat([f + r - r[:1] for f, r in zip(first, rows)])
+        want = attend_ragged(
+            q, k[index], v[index], offsets, scale=0.4, softcap=3.0, positions=gathered if seen else None, **seen
+        )
+        close(attend_ragged(q, k, v, torch.tensor(start), **kw, **(places if seen else {})), want)
+    out, lse = attend_ragged(q, k, v, torch.tensor(start), merged=False, **kw, **(places if seen else {}))
+    assert out.shape == (1, 2, 4, 3, 24)
+    assert lse.shape == (1, 2, 4, 3)

@@ -66,3 +66,25 @@ def test_sinks_are_a_key_with_value_zero():
 def test_nothing_to_merge():
     with pytest.raises(ValueError, match="at least one"):
         merge([])
+
+
+def test_splits_sinks_and_type_in_one_go():
+    (a, b, c, d), whole = parts()
+    split = torch.stack([b[0], c[0], d[0]]), torch.stack([b[1], c[1], d[1]])
+    close(merge([a, split]), whole, tol=1e-6)
+    close(merge([split, a]), whole, tol=1e-6)
+    sinks = torch.randn(4)
+    out, lse = merge([a, split], sinks=sinks, dtype=torch.float16)
+    want = merge_sinks(*whole, sinks)
+    assert out.dtype == torch.float16
+    close((out.float(), lse), want, tol=1e-3)
+
+
+def test_parts_that_do_not_fit():
+    (a, b, *_), _ = parts()
+    with pytest.raises(ValueError, match="part 1 is out"):
+        merge([a, (b[0][:, :2], b[1][:, :2])])
+    with pytest.raises(ValueError, match="part 0 is out"):
+        merge([(a[0], a[1][None])])
+    with pytest.raises(ValueError, match="sinks"):
+        merge([a], sinks=torch.zeros(3))

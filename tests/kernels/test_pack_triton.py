@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmkv.kernels import Spec, gaussian, mean_only, minmax, pack_blocks, sign, ternary, unpack_blocks
+from mmkv.kernels import Spec, gaussian, mean_only, minmax, pack_blocks, sign, symmetric, ternary, unpack_blocks
 from mmkv.kernels.pack import pack_blocks_reference
 
 from .conftest import interpreted
@@ -66,10 +66,58 @@ def test_classes(group, scale_bits):
     both(x, torch.tensor([group, 17]), Spec("channel", group, classes, scale_bits=scale_bits))
 
 
+@pytest.mark.parametrize("group", [16, 37, 128])
+def test_scales_of_8_bits_are_shares_of_the_largest_of_all_classes(group):
+    """Bit for bit where statistics are no sums: the largest scale may be in any class, and in any tile of groups."""
+    classes = ((70, minmax(2)), (3, mean_only()), (9, symmetric(8)), (8, minmax(4)))
+    for loud in (0, 69, 75, 89):
+        x = torch.randn(3, group, 90)
+        x[..., loud] *= 50
+        x[..., 70:73] = 1.5  # a mean that is exact
+        x[2] = 0.0
+        both(x, torch.tensor([group, 5, group]), Spec("channel", group, classes, scale_bits=8), exact=True)
+    both(x, torch.tensor([group, 5, 0]), Spec("token", group, ((90, minmax(2)),), 9, scale_bits=8), exact=True)
+
+
+def test_one_launch(monkeypatch):
+    from mmkv.kernels import pack_triton
+
+    kernel, grids = pack_triton._pack, []
+
+    class Counted:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(pack_triton, "_pack", Counted())
+    classes = ((40, minmax(2)), (8, minmax(4)))
+    for scale_bits, grid in ((16, (2, 3)), (8, (2, 1))):
+        x = torch.randn(2, 128, 48)
+        both(x, torch.tensor([128, 9]), Spec("channel", 128, classes, scale_bits=scale_bits), exact=True)
+        assert grids.pop() == grid
+        assert not grids
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bits_and_strides(dtype):
     x = torch.randn(2, 48, 32).to(dtype).transpose(1, 2)
     both(x, torch.tensor([32, 9]), Spec("channel", 32, ((48, minmax(2)),)), exact=True)
+    x = torch.randn(32, 2, 96).to(dtype).transpose(0, 1)[..., ::2]
+    both(x, torch.tensor([32, 9]), Spec("token", 32, ((48, minmax(4)),), 16), exact=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("scale_bits", [8, 16])
+def test_does_not_wait_for_the_device(scale_bits):
+    spec = Spec("channel", 128, ((48, minmax(2)), (16, mean_only())), scale_bits=scale_bits)
+    x, count = torch.randn(2, 128, 64, device="cuda"), torch.tensor([128, 9], device="cuda")
+    pack_blocks(x, count, spec)  # compiles, and makes the table of scales
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pack_blocks(x, count, spec)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_padding_and_huge_numbers():

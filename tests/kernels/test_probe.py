@@ -24,7 +24,7 @@ def naive(q, k, scale, mask, softcap=None):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_masks(monkeypatch, shape, tiles, softcap):
     if tiles:
-        monkeypatch.setitem(sys.modules["mmkv.kernels.probe"].TILE_SCORES, "cpu", tiles[0])
+        monkeypatch.setattr(sys.modules["mmkv.kernels.probe"], "TILE_SCORES", tiles[0])
         monkeypatch.setattr(sys.modules["mmkv.kernels.probe"], "TILE_KEYS", tiles[1])
     q, k = torch.randn(2, 4, 6, 16), torch.randn(2, 2, 40, 16)
     mask = None

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from mmkv.models.infinity.rotary import places, rotary_table, rotated
+from mmkv.kernels import rotate
+from mmkv.models.infinity.rotary import places, rotary_table
 from mmkv.models.infinity.schedules import PIXELS, SCALES, Schedule, scale_schedule
 
 
@@ -77,7 +78,7 @@ def test_rotation_pair_by_pair():
     schedule, dim = scale_schedule(1.333, "0.06M"), 16
     scale, (rows, columns) = 3, (8, 6)
     x = torch.randn(2, 3, rows * columns, dim, generator=torch.Generator().manual_seed(0))
-    found = rotated(x, rotary_table(schedule, range(scale, scale + 1), dim))
+    found = rotate(x, *rotary_table(schedule, range(scale, scale + 1), dim), interleaved=True)
     for token in range(rows * columns):
         row, column = divmod(token, columns)
         row, column = round(row * 72 / 8), round(column * 54 / 6)

@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from mmkv.parts import matching
-from mmkv.parts.matching import Grouping, bipartite_soft_matching, most_similar, nearest_important, unmerge
+from mmkv.parts.matching import Grouping, bipartite_soft_matching, nearest_important, unmerge
 
 INDEX = torch.tensor([[0, 1, 0, -1, 1], [0, -1, 1, 1, 0]])
 X = torch.tensor([[[1.0], [2], [3], [4], [5]], [[6.0], [7], [8], [9], [10]]])
@@ -113,19 +112,6 @@ def test_r_and_towers_too_small():
     assert bipartite_soft_matching(torch.randn(1, 4, 4), 9, prefix=4).count == 4
     with pytest.raises(ValueError, match="r=-1"):
         bipartite_soft_matching(torch.randn(1, 4, 4), -1)
-
-
-def test_zero_vectors_are_no_nan():
-    score, best = most_similar(torch.zeros(1, 3, 4, dtype=torch.float16), torch.randn(1, 2, 4).half())
-    assert score.tolist() == [[0.0, 0.0, 0.0]]
-    assert best.shape == (1, 3)
-
-
-def test_tiles_change_nothing(monkeypatch):
-    a, b = torch.randn(2, 37, 5), torch.randn(2, 23, 5)
-    whole = most_similar(a, b)
-    monkeypatch.setattr(matching, "TILE", 100)
-    torch.testing.assert_close(most_similar(a, b), whole)
 
 
 def test_nearest_important_by_hand():
