@@ -115,6 +115,8 @@ def compare(
     from mmkv.eval.table import show
 
     with one_line(debug):
+        if out is not None:
+            comparison.check_out(out)
         rows = comparison.gather(results)
         show(comparison.table(rows))
         for line in comparison.remarks(results):

@@ -76,16 +76,21 @@ def table(rows: Sequence[dict[str, Any]]):
     return drawn(*_lines(rows))
 
 
+def check_out(path: Path) -> None:
+    """Raise ValueError where `write` could not write to a path."""
+    if path.suffix not in (".md", ".html", ".png"):
+        raise ValueError(f"--out {path}: possible are files that end in .md, .html, .png")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--out {path}: there is no folder {path.parent}")
+
+
 def write(rows: Sequence[dict[str, Any]], folders: Sequence[Path], path: Path) -> list[Path]:
     """Write what the suffix says: .md or .html (with the plot beside, as .png), or .png; returns the files.
 
     Raises:
         ValueError: another suffix, or no such folder.
     """
-    if path.suffix not in (".md", ".html", ".png"):
-        raise ValueError(f"--out {path}: possible are files that end in .md, .html, .png")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"--out {path}: there is no folder {path.parent}")
+    check_out(path)
     picture = path.with_suffix(".png")
     plot(rows, picture)
     if path.suffix == ".png":

@@ -69,6 +69,8 @@ def calibrate(
     from mmkv.cache import ScaleStatistics
     from mmkv.parts.calibration import Identity
 
+    if isinstance(share, bool) or not 0 < share <= 1:
+        raise ValueError(f"share {share}: possible are numbers above 0 to 1, what ScaleKV is to keep on average")
     statistics, identity, classes = ScaleStatistics(), Identity.of(model.config), []
     options = {"seed": 0, **options}
     with mmkv.wrapped(model, cache=[statistics]):

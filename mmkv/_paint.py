@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,8 +126,11 @@ def method_of(name: str, keep: float | None) -> CacheMethod | None:
     entry = METHODS.get(name.lower())
     if name not in PRESETS and entry is not None and entry.kind == "cache":
         method = entry.method()
-    else:
+    elif name in PRESETS or get_close_matches(name, PRESETS):
         method = preset(name).cache[0]
+    else:
+        methods = sorted(entry.name.lower() for entry in METHODS.values() if entry.kind == "cache")
+        raise ValueError(f"--method {name}: possible are dense, {', '.join([*PRESETS, *methods])}")
     if keep is None:
         return method
     if not 0 < keep <= 1:

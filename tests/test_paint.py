@@ -159,6 +159,7 @@ def test_paint_is_repeatable(mmkv_command, tmp_path):
         (["--out", "a.txt"], "--out a.txt: possible are .png, .jpg and .webp"),
         (["--out", "nowhere/a.png"], "--out nowhere/a.png: no such folder"),
         (["--method", "hak"], "unknown preset 'hak' (did you mean 'hack'?)"),
+        (["--method", "nosuch"], "--method nosuch: possible are dense, kivi-4"),
         (["--method", "snapkv", "--keep", "1.5"], "--keep 1.5: possible are numbers above 0 to 1"),
         (["--method", "kivi-4", "--keep", "0.5"], "--keep with kivi-4, which keeps all tokens"),
         (["--method", "dense", "--ratio", "1.1"], "ratio 1.1: possible are 0.333"),
@@ -284,6 +285,7 @@ def test_agreement_by_hand():
         (["a-model", "--prompts", "one.txt", "--out", "nowhere/h.json"], "nowhere/h.json: no such folder"),
         (["a-model", "--prompts", "one.txt", "--contextual", "2"], "contextual 2.0: possible are 0 to 1"),
         (["a-model", "--prompts", "one.txt", "--drafters", "99"], "drafters 99: possible are 0 to"),
+        (["a-model", "--prompts", "one.txt", "--share", "0"], "share 0.0: possible are numbers above 0 to 1"),
     ],
 )
 def test_calibrate_says_what_is_wrong(mmkv_command, arguments, says, tmp_path, monkeypatch):

@@ -139,7 +139,7 @@ def test_command_writes_markdown_and_html(tmp_path):
 def test_command_refuses_in_one_line(tmp_path):
     def error(*words):
         told = CliRunner().invoke(app, ["compare", *map(str, words)])
-        assert told.exit_code == 2
+        assert told.exit_code == 2 and not told.stdout  # before anything is shown
         return told.stderr
 
     assert "is no result folder" in error(tmp_path)
