@@ -1,7 +1,9 @@
 # make demo   a video, a question, the stock cache and the compressed one side by side
 # make test   lint, types and all tests
 # make test-oldest   all tests on the oldest supported transformers and torch, in a .venv-oldest
-# make bench  accuracy of all methods over true bytes: tables, JSON and a plot; an hour on a free core, goes on where it stopped
+# make bench  accuracy of all methods over true bytes (an hour on a free core, goes on where it stopped), then what time and memory
+#             attention, single kernels and whole models take (a quarter of an hour): tables, JSON and a plot
+# make bench-gpu  all that wants a GPU: tests and benchmarks (tools/gpu.sh)
 # make support  runs the tests that show which model goes with which method, and writes docs/models.md
 # make eval   Video-MME's and AgentNetBench's formats on the bundled models: dense and presets, one table and a plot; half an hour
 # All set everything up by themselves (a .venv in this folder) and are quick the second time.
@@ -12,10 +14,10 @@ BIN := .venv/bin
 
 OLDEST := transformers==5.2.* torch==2.9.*
 
-.PHONY: test-oldest support help setup setup-dev demo bench eval test lint types format build clean
+.PHONY: test-oldest support help setup setup-dev demo bench bench-gpu eval test lint types format build clean
 
 help:
-	@echo "make demo | test | test-oldest | bench | eval | support | lint | types | format | build | setup | setup-dev | clean"
+	@echo "make demo | test | test-oldest | bench | bench-gpu | eval | support | lint | types | format | build | setup | setup-dev | clean"
 
 # A stamp is renewed when pyproject.toml changes. The development set-up holds all that the plain one does.
 .venv/.ready: pyproject.toml tools/setup.sh
@@ -44,6 +46,13 @@ demo: .venv/.ready
 bench: .venv/.ready-bench
 	@$(BIN)/python benchmarks/accuracy.py
 	@$(BIN)/python benchmarks/pareto.py
+	@$(BIN)/python benchmarks/decode_attention.py
+	@$(BIN)/python benchmarks/kernels.py
+	@$(BIN)/python benchmarks/generate.py
+	@$(BIN)/python tools/readme.py
+
+bench-gpu: .venv/.ready-bench
+	@tools/gpu.sh
 	@$(BIN)/python tools/readme.py
 
 eval: .venv/.ready-bench

@@ -119,8 +119,8 @@ class Setting:
                 else:
                     runner = Generating(self.model, self.inputs)
                 return measure(runner)
-        except (NotImplementedError, torch.OutOfMemoryError) as reason:
-            self.refused[variant.name] = str(reason).splitlines()[0]
+        except (RuntimeError, ValueError) as reason:  # out of memory, refused, not to be captured: the others go on
+            self.refused[variant.name] = f"{type(reason).__name__}: {str(reason).splitlines()[0]}"
             return None
         finally:
             runner = None  # its cache goes before the next one comes

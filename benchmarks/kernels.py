@@ -114,14 +114,16 @@ def decoders(heads: tuple[int, int, int], tokens: int, device: str) -> Iterator[
         nbytes(rows, k) + 2 * 4 * hq * tokens, 2.0 * hq * PROBED * tokens * d,
     )  # fmt: skip
 
-    index = torch.randperm(tokens, device=device)[: int(tokens * CHOSEN)].sort().values
-    n, whole = len(index), draw(hq, tokens, d)
-    yield Case(
-        "prefill_sparse", f"{name}, {n:,} of {tokens:,} tokens",
-        lambda: kernels.prefill_sparse(whole, k[0], v[0], index, scale=scale),
-        lambda: prefill_sparse_gathered(whole, k[0], v[0], index, scale=scale, softcap=None, sinks=None),
-        2 * n * d * 2 * (hq + hkv), 2.0 * hq * n * n * d,
-    )  # fmt: skip
+    whole = draw(hq, tokens, d)
+    for share in (CHOSEN / 4, CHOSEN):
+        index = torch.randperm(tokens, device=device)[: int(tokens * share)].sort().values
+        n = len(index)
+        yield Case(  # in place, against gathering for torch's own attention
+            "prefill_sparse", f"{name}, {n:,} of {tokens:,} tokens",
+            lambda index=index: kernels.prefill_sparse(whole, k[0], v[0], index, scale=scale, gather=False),
+            lambda index=index: prefill_sparse_gathered(whole, k[0], v[0], index, scale=scale, softcap=None, sinks=None),
+            2 * n * d * 2 * (hq + hkv), 2.0 * hq * n * n * d,
+        )  # fmt: skip
 
     blocks = k[0].reshape(-1, 128, d)
     full = torch.full((len(blocks),), 128, device=device)
@@ -243,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     load["after"] = os.getloadavg()
     save(
         options.out or f"benchmarks/results/kernels-{options.device}.json",
-        dict(environment=environment(), threads=torch.get_num_threads(), rounds=timer.rounds, load_average=load,
+        dict(environment=environment(), dtype="bfloat16", threads=torch.get_num_threads(), rounds=timer.rounds, load_average=load,
              copy_gb_per_s=copy / 1e9, product_tflop_per_s=product / 1e12, rows=rows),
     )  # fmt: skip
 

@@ -99,6 +99,8 @@ def test_a_step_of_the_stock_model_can_be_captured(model, kind):
     graph.prefill()
     want = graph.cache.layers[0].keys.clone()
     graph.decode(1)
+    if kind == "static" and not hasattr(graph.cache.layers[0], "cumulative_length"):
+        pytest.skip("the StaticCache of this transformers counts its tokens on the host")
     places = [t.data_ptr() for t in (*graph.tensors(), graph.token, graph.positions)]
     with Waiting() as waiting:
         graph.decode(2)
@@ -130,10 +132,10 @@ def test_rows_of_whole_models(tmp_path, monkeypatch):
     assert set(result["load_average"]) == {"before", "after", "cores"}
 
 
-def test_ratios_are_taken_within_a_round_and_the_floor_is_of_bytes():
+def test_the_fastest_rounds_are_compared_and_the_floor_is_of_bytes():
     times = {
-        "stock": [dict(prefill=4.0, step=0.2), dict(prefill=16.0, step=0.8), dict(prefill=4.0, step=0.2)],
-        "vidkv": [dict(prefill=5.0, step=0.1), dict(prefill=20.0, step=0.4), dict(prefill=5.0, step=0.1)],
+        "stock": [dict(prefill=4.0, step=0.3), dict(prefill=16.0, step=0.2), dict(prefill=5.0, step=0.2)],
+        "vidkv": [dict(prefill=9.0, step=0.1), dict(prefill=5.0, step=0.4), dict(prefill=6.0, step=0.2)],
     }
     row = generate.row_of(Variant("vidkv"), 8, times, dict(kv_bytes=10), weights=90, copy=4000.0)
     assert row["prefill_ratio"] == 1.25
@@ -141,6 +143,8 @@ def test_ratios_are_taken_within_a_round_and_the_floor_is_of_bytes():
     assert row["decode_tokens_per_second"] == pytest.approx(80)
     assert row["floor_tokens_per_second"] == 8 * 4000 / 100
     assert row["share_of_floor"] == pytest.approx(0.25)
+    alone = generate.row_of(Variant("vidkv"), 8, times | dict(stock=[]), dict(kv_bytes=10), weights=90, copy=None)
+    assert alone["prefill_ratio"] is alone["decode_ratio"] is None
 
 
 def test_weights_that_a_token_reads(model):
@@ -156,7 +160,7 @@ def test_what_does_not_run_is_told(model, monkeypatch):
     setting = Setting(model, generate.prompt(model, 100, 1), 2, "cpu")
     rows = generate.measure(setting, [Variant(), Variant("vidkv", "graphs")], 1, 1, None, lambda: None)
     assert [row["variant"] for row in rows] == ["stock"]
-    assert setting.refused == {"vidkv, graphs": "not yet"}
+    assert setting.refused == {"vidkv, graphs": "NotImplementedError: not yet"}
 
 
 def test_traces(tmp_path, monkeypatch):
@@ -208,8 +212,8 @@ def test_one_command_runs_what_wants_a_gpu():
 
 def test_a_step_of_it_runs():
     """The package is found without being installed."""
-    command = ["tools/gpu.sh", "--smoke", "attention"]
+    command = ["tools/gpu.sh", "--smoke", "kernels"]
     env = os.environ | dict(PYTHON=sys.executable)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    assert "decode-attention-cpu.json" in done.stdout
+    assert "kernels-cpu.json" in done.stdout

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 import mmkv
 from mmkv import compat
 from mmkv.cache import GEAR, GUIKV, H2O, KIVI, SnapKV, StreamingLLM, VidKV, WaterfillKV, ZipCache, state_of
+from mmkv.cache.static import refusal
 from mmkv.tokens import EVS, FastV, VisionZip
 
 METHODS = {
@@ -36,11 +37,11 @@ def recorder(monkeypatch):
 
 
 def both(name, given, new=70, family="qwen2_5_vl", mode="greedy", **options):
-    """(ids, cache, report) with and without graphs."""
+    """(ids, cache, report) with and without graphs; `name` of `METHODS`, or methods."""
     found = []
     for graphs in (True, False):
         model = rm.make(family)
-        with mmkv.wrapped(model, cache=METHODS[name], graphs=graphs, **options):
+        with mmkv.wrapped(model, cache=METHODS.get(name, name), graphs=graphs, **options):
             cache = mmkv.Cache(model)
             torch.manual_seed(3)
             ids = rm.generate(model, {**given(model), "past_key_values": cache}, mode, new=new)
@@ -63,6 +64,22 @@ def test_same_tokens_and_same_cache(name, recorder):
     assert report.tokens == plain_report.tokens
     assert report.kv_bytes_dense == plain_report.kv_bytes_dense
     assert report.kv_bytes >= plain_report.kv_bytes  # room for more
+    state_of(cache).end_stretch()
+    same(cache, plain)
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in mmkv.methods() if entry.kind == "cache"])
+def test_every_method_is_the_same_or_refused(name, recorder):
+    method = next(entry.method() for entry in mmkv.methods() if entry.name == name)
+    why = refusal(method)
+    if why is not None:
+        with pytest.raises(ValueError) as caught:
+            mmkv.wrap(rm.make("qwen2_5_vl"), cache=[method], graphs=True)
+        assert why in str(caught.value) or "visual autoregressive" in str(caught.value)
+        return
+    (ids, cache, report), (plain_ids, plain, _) = both((method,), prompts, new=24)
+    assert ids.tolist() == plain_ids.tolist()
+    assert report.replayed_steps > 10
     state_of(cache).end_stretch()
     same(cache, plain)
 

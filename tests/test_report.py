@@ -50,8 +50,9 @@ def test_packed_numbers(name):
     assert report.tokens_seen == report.tokens_held == 604
     assert report.kv_bytes_dense == 604 * per_token * 4
     sinks = METHODS[name].dense_sinks
-    positions = 3 * 8 * sinks  # where sinks lie, 8 bytes each in every layer
-    assert (report.tail_bytes - positions) % (per_token * 4) == 0
+    # in every layer: where sinks lie, 8 bytes each, and where each head's begin and how many they are
+    places = 3 * (8 * sinks + 2 * 2 * 8) if sinks else 0
+    assert (report.tail_bytes - places) % (per_token * 4) == 0
     assert report.kv_bits == pytest.approx(8 * report.kv_bytes / (604 * per_token))
     dense = report.tail_bytes // (per_token * 4)
     assert 32 <= dense - sinks < 32 + 32 + 1

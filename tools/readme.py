@@ -11,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 
+from speed_tables import kernels, speed, speed_of_all, versions
+
 import mmkv
 from mmkv._presets import PRESETS
 from mmkv.eval import table
@@ -233,9 +235,7 @@ def streaming() -> str:
             f"{row['archive_bytes'] / row['frames']:,.0f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(
-        [*lines, "", f"± is the standard error; speeds are the fastest of the videos. {_versions(result)}"]
-    )
+    return "\n".join([*lines, "", f"± is the standard error; speeds are the fastest of the videos. {versions(result)}"])
 
 
 def streaming_study() -> str:
@@ -279,7 +279,7 @@ def clicking() -> str:
             lines.append(f"| {row['method']} | {row['share']:.0%} | {' | '.join(cells)} | {times} |")
         lines.append("")
     about = f"{result['sessions']} sessions of {result['steps']} steps, ± is the standard error."
-    return "\n".join([*lines, about, "Whole prompts run in batches of 12.", _versions(result)])
+    return "\n".join([*lines, about, "Whole prompts run in batches of 12.", versions(result)])
 
 
 def painting() -> str:
@@ -309,7 +309,7 @@ def painting() -> str:
         f"{result['captions']} captions, guidance {result['sampling']['guidance']}, temperature",
         f"{result['sampling']['temperature']} (the share met has a standard error of {error:.0f} points).",
         f"Distance: {result['distance']}.",
-        f"Heads of the same class after calibrating on so many pictures: {stable}. {_versions(result)}",
+        f"Heads of the same class after calibrating on so many pictures: {stable}. {versions(result)}",
     ])  # fmt: skip
 
 
@@ -336,12 +336,7 @@ def attention_cpu() -> str:
         name = row["name"] + (" (baseline)" if row["name"] == row["baseline"] else "")
         cells = (heads, f"{row['length']:,}", name, f"{row['us'] / 1e3:.1f}", f"{row['times_baseline']:.2f}x")
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _versions(dict(environment=result))])
-
-
-def _versions(result: dict) -> str:
-    e = result["environment"]
-    return f"torch {e['torch']}, transformers {e['transformers']}, {e['device']}, commit {e['commit']}."
+    return "\n".join([*lines, "", versions(dict(environment=result))])
 
 
 def _lost(row: dict) -> str:
@@ -349,7 +344,7 @@ def _lost(row: dict) -> str:
 
 
 def _where(result: dict) -> str:
-    return f"{result['dtype']}, {_versions(result)}"
+    return f"{result['dtype']}, {versions(result)}"
 
 
 PAGES = {
@@ -358,10 +353,16 @@ PAGES = {
         "figures:accuracy": accuracy,
         "figures:perplexity": perplexity,
         "figures:evaluation": evaluation,
+        "figures:speed": speed,
         "methods": methods,
     },
     "docs/tokens.md": {"figures:tokens": tokens, "figures:token-speed": token_speed},
-    "docs/kernels.md": {"figures:instructions": instructions, "figures:attention-cpu": attention_cpu},
+    "docs/kernels.md": {
+        "figures:instructions": instructions,
+        "figures:attention-cpu": attention_cpu,
+        "figures:speed-of-all": speed_of_all,
+        "figures:kernels": kernels,
+    },
     "docs/painting.md": {"figures:painting": painting},
     "docs/streams.md": {"figures:streaming": streaming, "figures:streaming-study": streaming_study},
 }

@@ -246,11 +246,11 @@ class Packer:
         return self._key_basis(q)
 
     def output(self, out: torch.Tensor) -> torch.Tensor:
-        """Attention output fp32 `[B, Hq, Tq, Dv]` back in the model's channels."""
+        """Attention output fp32 `[B, Hq, Tq, Dv]`, or of parts `[S, B, Hq, Tq, Dv]`, back in the model's channels."""
         if self.form.values.basis == "hadamard":
             out = out @ _basis(hadamard, out.shape[-1], out.device)
         if self.value_balance is not None:
-            out = out * _by_query_head(self.value_balance, out.shape[1])
+            out = out * _by_query_head(self.value_balance, out.shape[-3])
         return out
 
     def stored_values(self, x: torch.Tensor, row: int | torch.Tensor, heads: torch.Tensor) -> torch.Tensor:

@@ -142,7 +142,9 @@ class View:
         causal = causal and self.new > 1
         window = layer.window if layer.window is not None and length > layer.window else None
         mask = None if bool(held.all()) else held[:, None, None].to(positions.device)
-        if positions.is_cuda:  # a kernel compares positions as it goes, a mask of all pairs would be as large as the scores
+        if (
+            positions.is_cuda
+        ):  # a kernel compares positions as it goes, a mask of all pairs would be as large as the scores
             return {
                 "mask": mask, "q_positions": positions, "k_start": layer.start, "causal": causal, "window": window
             }  # fmt: skip

@@ -59,7 +59,9 @@ def checked_positions(q: Tensor, q_positions: Tensor | None, causal: bool, windo
     check_device(q.device, q_positions=q_positions)
     if q_positions.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"q_positions must be int32 or int64, not {q_positions.dtype}")
-    if q_positions.dim() not in (1, 2) or any(m not in (1, n) for m, n in zip(q_positions.shape[::-1], (q.shape[2], q.shape[0]))):
+    if q_positions.dim() not in (1, 2) or any(
+        m not in (1, n) for m, n in zip(q_positions.shape[::-1], (q.shape[2], q.shape[0]))
+    ):
         raise ValueError(f"q_positions {tuple(q_positions.shape)} does not broadcast to {(q.shape[0], q.shape[2])}")
     return q_positions.expand(q.shape[0], q.shape[2])
 

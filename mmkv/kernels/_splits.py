@@ -7,10 +7,14 @@ import torch
 PROGRAMS = 4  # per multiprocessor: while some wait for memory, others compute
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; a CPU, where Triton's interpreter runs, counts as one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def busy(device: torch.device) -> int:
-    """Programs that make a device busy; a CPU counts as one multiprocessor."""
-    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return PROGRAMS * sms
+    """Programs that make a device busy."""
+    return PROGRAMS * multiprocessors(device)
 
 
 def split_count(programs: int, steps: int, device: torch.device, least: int = 1) -> int:

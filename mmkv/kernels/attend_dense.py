@@ -42,7 +42,7 @@ def attend_dense(
         causal: hide keys at positions > the query's.
         window: hide keys at positions <= the query's - window.
         weight: fp32 [B, Hkv, T], how many keys each stands for; 0 hides it.
-        exact: on a GPU, products of fp32 numbers; else of 16-bit or TF32 ones. None: as q's dtype has it. The CPU is always exact.
+        exact: on a GPU, products of fp32 numbers; else of 16 bits or TF32. None: as q's dtype has it. The CPU is always exact.
         merged: False leaves the S runs of keys apart that programs of a GPU share, for `merge` to join with other parts.
 
     Returns:
@@ -54,7 +54,7 @@ def attend_dense(
     check_device(q.device, k=k, v=v)
     check_numbers(scale, softcap, window)
     b, hq, tq, d = q.shape
-    _, hkv, t, dv = v.shape
+    _, hkv, t, _ = v.shape
     if k.shape != (b, hkv, t, d):
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
     group_size(hq, hkv)

@@ -1,8 +1,8 @@
 """Triton kernel of `attend_dense` and `attend_ragged`: flash decoding over keys and values as they are.
 
-One program holds a tile of query rows, all query heads of a KV head side by side, and a run of keys (FlashAttention, arXiv 2205.14135,
-split over keys as FlashDecoding does). What a query may see comes from positions, so that no mask has to exist; tiles of keys
-that none of a program's queries sees are never read.
+One program holds a tile of query rows, all query heads of a KV head side by side, and a run of keys (FlashAttention, arXiv
+2205.14135, split over keys as FlashDecoding does). What a query may see comes from positions, so that no mask has to exist;
+tiles of keys that none of a program's queries sees are never read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from .merge_triton import merge_triton
 from .triton_scores import LOG2E, in_powers_of_two
 
 MAX_CHANNELS = 512
-SIZES = ["k_start", "window", "T", "TQ", "KEYS_PER_SPLIT"]  # they grow or differ: one variant serves all
+STRIDES = ["s_mb", "s_mh", "s_mg", "s_mq", "s_wb", "s_wh", "s_wt", "s_pb", "s_pt"]
+SIZES = ["k_start", "window", "T", "TQ", "KEYS_PER_SPLIT", *STRIDES]  # they grow and differ: one variant serves all
 
 
 @triton.jit
@@ -139,7 +140,7 @@ class Tiles(NamedTuple):
 
 
 def tiles(rows: int, channels: int, wide: bool, by_query: bool = False) -> Tiles:
-    """Sizes for `rows` query rows of a KV head, such that no register is spilled and 99 KiB of shared memory suffice.
+    """Sizes for `rows` query rows of a KV head, such that 99 KiB of shared memory suffice and next to no register is spilled.
 
     Args:
         channels: of keys or values, the larger, rounded up to a power of two.
@@ -148,13 +149,11 @@ def tiles(rows: int, channels: int, wide: bool, by_query: bool = False) -> Tiles
     """
     most, keys, warps, stages = 128, 64, 4, 2
     if channels > 128 or by_query:
-        most, keys = 64, 32
+        most, keys = 32, 32
     if channels > 256:
         most, keys = 16, 16
     if wide:
         most, keys, warps, stages = 32 if channels <= 128 else 16, 32 if channels <= 256 else 16, 8, 1
-    elif by_query:
-        most = min(most, 32)
     bm = min(most, max(16, triton.next_power_of_2(rows)))
     return Tiles(bm, keys, 8 if bm == 128 else warps, stages)
 
@@ -178,7 +177,9 @@ def launch(
     b, hq, tq, d = q.shape
     dv, n = v.shape[-1], b * hq * tq
     if max(d, dv) > MAX_CHANNELS:
-        raise ValueError(f"heads of {d} and {dv} channels: the Triton kernel holds up to {MAX_CHANNELS}; use dense attention")
+        raise ValueError(
+            f"heads of {d} and {dv} channels: the Triton kernel holds up to {MAX_CHANNELS}; use dense attention"
+        )
     exact = q.dtype == torch.float32 if exact is None else exact
     same = q.dtype == k.dtype == v.dtype
     wide = exact or not same or q.dtype == torch.float32

@@ -79,7 +79,7 @@ def _check(q, keys, values, table, q_positions, causal, window) -> Tensor | None
     pools = {f"keys[{i}]": t for i, t in enumerate(keys.tensors())}
     pools |= {f"values[{i}]": t for i, t in enumerate(values.tensors())}
     check_device(q.device, **pools, **{f"table[{i}]": t for i, t in enumerate(table.tensors())})
-    b, hq, tq, d = q.shape
+    b, hq, _, d = q.shape
     if d != keys.spec.channels:
         raise ValueError(f"q has {d} channels, the keys have {keys.spec.channels}")
     if keys.spec.group != values.spec.group or len(keys) != len(values):

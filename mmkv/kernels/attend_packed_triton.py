@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._splits import split_count
-from .attend_planes_triton import attend_planes, fits, order
+from .attend_planes_triton import SIZES, attend_planes, fits, order
 from .blocks import Blocks, scale8_table
 from .merge_triton import merge_triton
 from .table import Table
@@ -119,7 +119,7 @@ def _value_tokens(
     return b_v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _attend(
     p_q, s_qb, s_qh, s_qt, s_qd,
     p_kc, p_ks, p_kz, p_kt, p_kl, p_vc, p_vs, p_vz, p_vt, p_vl, p_power,

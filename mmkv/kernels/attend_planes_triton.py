@@ -17,6 +17,7 @@ from .triton_planes import LIFT, planes, trit_planes
 
 MOST_NUMBERS = 32768  # of a block of keys, or values, in shared memory as fp16
 LOG2E = tl.constexpr(1.4426950408889634)
+SIZES = ["window", "TQ", "S", "SLOTS_PER_SPLIT", "s_pb", "s_pt"]  # they grow and differ: one variant serves all
 
 
 def fits(keys: Spec, values: Spec) -> bool:
@@ -88,7 +89,7 @@ def _class_scores(
     return b_s, b_zero
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attend_planes(
     p_q, s_qb, s_qh, s_qt, s_qd,
     p_kc, p_ks, p_kz, p_kt, p_vc, p_vs, p_vz, p_vt, p_power,

@@ -141,7 +141,9 @@ def attend_ragged_reference(
     if n is not None:  # one length, at one distance: a view is all it takes
         if isinstance(sight.at, Tensor):
             token = torch.arange(n)
-            at = sight.at[:, None] + token if by_row else sight.at.as_strided((len(spans), n), (step, 1), spans[0].start)
+            at = (
+                sight.at[:, None] + token if by_row else sight.at.as_strided((len(spans), n), (step, 1), spans[0].start)
+            )
             sight = sight._replace(at=at.view(b, heads, n))
         k, v = (x[spans[0].start :].as_strided((b, heads, n, x.shape[1]), _even(x, heads, step)) for x in (k, v))
         return attend_dense_reference(q, k, v, sight, scale)

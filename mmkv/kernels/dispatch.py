@@ -7,7 +7,7 @@ import importlib.util
 import torch
 
 TWINS = {
-    "attend_packed": True, "pack_blocks": True, "attend_dense": False, "attend_ragged": False, "merge": False,
+    "attend_packed": True, "pack_blocks": True, "attend_dense": True, "attend_ragged": True, "merge": True,
     "prefill_sparse": True, "probe": True,
     "group_mean": True, "group_total": True, "most_similar": True, "rotate": True,
 }  # fmt: skip

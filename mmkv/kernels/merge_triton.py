@@ -1,8 +1,8 @@
 """Triton twin of `merge`: any number of parts, each of any number of splits, in one launch.
 
-Work is cut by numbers of the output, not by rows: a program has a run of them, takes a block of splits at a time and keeps a running
-maximum and sum for each number. Weights are computed once per number instead of once per row, which is cheaper than leaving
-a GPU idle: one decoded token of a batch of one has 28 rows.
+Work is cut by numbers of the output, not by rows: a program has a run of them, takes a block of splits at a time and keeps a
+running maximum and sum for each number. Weights are computed once per number instead of once per row, which is cheaper than
+leaving a GPU idle: one decoded token of a batch of one has 28 rows.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ._splits import busy
 
 MOST_PARTS = 8  # in a launch; more are merged in rounds
 MOST_SPLITS = 16  # that a program reads at a time
+MOST_NUMBERS = 2048  # of all these splits
 
 
 @triton.jit(do_not_specialize=["N", "HQ", "TQ"])
@@ -85,16 +86,16 @@ def merge_triton(
         missing = triton.next_power_of_2(len(whole)) - len(whole)  # fewer variants of the kernel; they are not read
         outs, lses = zip(*whole, *whole[:1] * missing)
         block = min(MOST_SPLITS, triton.next_power_of_2(max(splits)))
-        run = _run(n * dv, device)
+        run = _run(n * dv, block, device)
         wide = max(o.numel() for o, _ in whole) + block * n * dv + run >= 2**31
         merge_parts[(triton.cdiv(n * dv, run),)](
             outs, lses, tuple(2 * s + 3 for s in splits + [0] * missing), lse if sinks is None else sinks.contiguous(),
             out, lse, n, hq, tq, dv, sinks is not None, tl.int64 if wide else tl.int32, block, run,
-            num_warps=max(1, min(4, run * block // 512)),
+            num_warps=max(1, min(8, run * block // 128)),
         )  # fmt: skip
     return out.transpose(1, 2), lse
 
 
-def _run(numbers: int, device: torch.device) -> int:
-    """Numbers of the output per program: a warp's width, more where the device is busy without."""
-    return max(32, min(512, triton.next_power_of_2(triton.cdiv(numbers, busy(device)))))
+def _run(numbers: int, block: int, device: torch.device) -> int:
+    """Numbers of the output per program: a warp's width, more where the device is busy without and registers hold a block."""
+    return max(32, min(512, MOST_NUMBERS // block, triton.next_power_of_2(triton.cdiv(numbers, busy(device)))))

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._splits import multiprocessors
+
 EPS = tl.constexpr(1e-12)  # norms below count as this, so that zero vectors give 0
 
 
@@ -65,7 +67,7 @@ def most_similar_triton(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     m = b.shape[1]
     score = torch.empty(batch, n, dtype=torch.float32, device=a.device)
     best = torch.empty(batch, n, dtype=torch.int64, device=a.device)
-    bn, bm, bd = tile_sizes(batch, n, m, d, a.element_size(), _processors(a.device))
+    bn, bm, bd = tile_sizes(batch, n, m, d, a.element_size(), multiprocessors(a.device))
     tiles = triton.cdiv(n, bn)
     widen = a.dtype == torch.bfloat16 and not a.is_cuda  # Triton's interpreter takes bf16 products for whole numbers
     _most_similar[(batch * tiles,)](
@@ -84,7 +86,3 @@ def tile_sizes(batch: int, n: int, m: int, d: int, nbytes: int, processors: int)
     while bn > 16 and batch * triton.cdiv(n, bn) < processors:
         bn //= 2
     return bn, min(64, max(16, triton.next_power_of_2(m))), min(128 // nbytes, max(16, triton.next_power_of_2(d)))
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

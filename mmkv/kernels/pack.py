@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._check import check_device, check_float
+from ._check import check_device, check_float, check_integer
 from .blocks import Blocks, decode_scale8, encode_scale8
 from .digits import decode_digits, deinterleave, pack_digits, unit_steps
 from .spec import Code, Spec
@@ -40,8 +40,9 @@ def pack_blocks(x: Tensor, count: Tensor, spec: Spec) -> Blocks:
     check_device(x.device, count=count)
     if x.dim() != 3 or x.shape[1:] != (spec.group, spec.channels):
         raise ValueError(f"x is {tuple(x.shape)}, this format wants [N, {spec.group}, {spec.channels}]")
-    if count.shape != x.shape[:1] or count.is_floating_point():
-        raise ValueError(f"count is {count.dtype} {tuple(count.shape)}, wanted are integers [{x.shape[0]}]")
+    check_integer(count=count)
+    if count.shape != x.shape[:1]:
+        raise ValueError(f"count is {tuple(count.shape)}, wanted is [{x.shape[0]}]")
     if x.is_cuda:
         from .pack_triton import pack_blocks_triton
 

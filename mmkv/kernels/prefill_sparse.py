@@ -32,7 +32,7 @@ def prefill_sparse(
 
     Args:
         q: [Hq, T, D]; k: [Hkv, T, D]; v: [Hkv, T, Dv].
-        index: int [n], the chosen tokens, ascending and below T; not checked, the values are on the device.
+        index: int [n], the chosen tokens, ascending and below T, which is checked on a CPU alone.
         scale: factor on q.k.
         softcap: scores become `softcap * tanh(score / softcap)`.
         sinks: [Hq], a learned logit per query head with value zero.
@@ -64,6 +64,12 @@ def _check(q, k, v, index, scale, softcap, sinks) -> None:
     group_size(q.shape[0], k.shape[0])
     if k.shape[:2] != v.shape[:2] or q.shape[1:] != k.shape[1:]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
+    if not index.is_cuda and len(index):  # on a GPU that would wait for it
+        low, high = int(index[0]), int(index[-1])
+        if low < 0 or high >= q.shape[1] or bool((index[1:] <= index[:-1]).any()):
+            raise ValueError(
+                f"index runs from {low} to {high} of {q.shape[1]} tokens; it has to be ascending, each token once"
+            )
     if sinks is not None:
         check_device(q.device, sinks=sinks)
         if sinks.shape != q.shape[:1]:

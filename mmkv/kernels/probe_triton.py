@@ -11,41 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._splits import multiprocessors
 from .probe import Mass, count_shape
-from .triton_scores import in_powers_of_two, multiprocessors, product_type
+from .triton_scores import in_powers_of_two, product_type, seen, span
 
 MOST_CHANNELS = 512
 MOST_SPLITS = 64  # of the keys, over programs of the first kernel
 SIZES = ["k_start", "window", "P", "T", "N", "ROW_TILES", "PER_SPLIT"]  # they differ and grow: one variant serves all
 MERGED = tl.constexpr(8)  # splits that are merged at a time
-
-
-@triton.jit
-def _span(p_at, m_p, k_start, window, T, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Of rows whose positions are at p_at: keys behind the first and up to the second of two int32, -1 ... T - 1, are seen."""
-    b_after = tl.zeros(p_at.shape, dtype=tl.int32) - 1
-    b_until = b_after + T
-    if CAUSAL or WINDOW:
-        b_at = tl.load(p_at, mask=m_p, other=0) - k_start
-        if CAUSAL:
-            b_until = tl.minimum(tl.maximum(b_at, -1), T - 1).to(tl.int32)
-        if WINDOW:
-            b_after = tl.minimum(tl.maximum(b_at - window, -1), T - 1).to(tl.int32)
-    return b_after, b_until
-
-
-@triton.jit
-def _seen(
-    m_s, o_r, o_t, b_after, b_until, p_mask, s_mt, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr
-):
-    """Which keys o_t rows see whose span is given and whose masks begin at o_r; shapes broadcast."""
-    if CAUSAL:
-        m_s = m_s & (o_t <= b_until)
-    if WINDOW:
-        m_s = m_s & (o_t > b_after)
-    if MASK:
-        m_s = m_s & (tl.load(p_mask + o_r + o_t.to(tl.int64) * s_mt, mask=m_s, other=0) != 0)
-    return m_s
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -64,7 +37,7 @@ def _softmax_sums(
     o_d = tl.arange(0, BD)
     o_q = i_b * s_qb + o_h * s_qh + o_p * s_qp
     b_q = tl.load(p_q + o_q[:, None] + o_d[None, :] * s_qd, mask=m_m[:, None] & (o_d < D)[None, :], other=0.0).to(DTYPE)
-    b_after, b_until = _span(p_at + i_b * s_ab + o_p, m_m, k_start, window, T, CAUSAL, WINDOW)
+    b_after, b_until = span(p_at + i_b * s_ab + o_p, m_m, k_start, window, T, CAUSAL, WINDOW)
     # keys before the first row's span, and behind the last row's, are seen by none of them
     last = tl.minimum((i_s + 1) * PER_SPLIT, tl.max(tl.where(m_m, b_until, -1), 0) + 1)
     first = i_s * PER_SPLIT
@@ -82,7 +55,7 @@ def _softmax_sums(
         b_k = tl.load(p_kt, mask=m_t[None, :] & (o_d < D)[:, None], other=0.0).to(DTYPE)
         b_s = in_powers_of_two(tl.dot(b_q, b_k, input_precision=PREC), scale, softcap, SOFTCAP)
         m_s = m_m[:, None] & m_t[None, :]
-        m_s = _seen(m_s, o_mask[:, None], o_t[None, :], b_after[:, None], b_until[:, None], p_mask, s_mt,
+        m_s = seen(m_s, o_mask[:, None], o_t[None, :], b_after[:, None], b_until[:, None], p_mask, s_mt,
                     CAUSAL, WINDOW, MASK)  # fmt: skip
         b_s = tl.where(m_s, b_s, float("-inf"))
         b_new = tl.maximum(b_top, tl.max(b_s, 1))
@@ -122,7 +95,7 @@ def _looking(
     for p in range(0, P, 1024):
         o_p = p + tl.arange(0, 1024)
         m_p = o_p < P
-        b_after, b_until = _span(p_at + o_p, m_p, k_start, window, T, CAUSAL, WINDOW)
+        b_after, b_until = span(p_at + o_p, m_p, k_start, window, T, CAUSAL, WINDOW)
         m_p = m_p & (b_until >= first_key) & (b_after < last_key)
         first = tl.minimum(first, tl.min(tl.where(m_p, o_p, P), 0))
         end = tl.maximum(end, tl.max(tl.where(m_p, o_p + 1, 0), 0))
@@ -175,10 +148,10 @@ def _mass(
             b_q = tl.load(p_qn, mask=m_n[None, :] & (o_d < D)[:, None], other=0.0).to(DTYPE)
             b_top, b_share = _merged(p_soft, (i_b * HKV * G + o_h) * P + o_p, m_n, SPLITS, N, BG * BP)
             b_s = in_powers_of_two(tl.dot(b_k, b_q, input_precision=PREC), scale, softcap, SOFTCAP)
-            b_after, b_until = _span(p_at + o_p, m_n, k_start, window, T, CAUSAL, WINDOW)
+            b_after, b_until = span(p_at + o_p, m_n, k_start, window, T, CAUSAL, WINDOW)
             o_mask = i_b * s_mb + o_h * s_mh + o_p.to(tl.int64) * s_mp
             m_s = m_t[:, None] & m_n[None, :]
-            m_s = _seen(m_s, o_mask[None, :], o_t[:, None], b_after[None, :], b_until[None, :], p_mask, s_mt,
+            m_s = seen(m_s, o_mask[None, :], o_t[:, None], b_after[None, :], b_until[None, :], p_mask, s_mt,
                         CAUSAL, WINDOW, MASK)  # fmt: skip
             b_p = tl.where(m_s, tl.exp2(b_s - b_top[None, :]) * b_share[None, :], 0.0)
             b_p = tl.reshape(b_p, (BT, BG, BP))
@@ -232,9 +205,9 @@ def probe_triton(
     g, n = hq // hkv, b * hq * p
     dtype = product_type(q, k)
     bm, bt = tiles(d, 4 if dtype == tl.float32 else 2)
-    seen = q if mask is None else mask.expand(b, hq, p, t).view(torch.uint8)
+    sights = q if mask is None else mask.expand(b, hq, p, t).view(torch.uint8)
     at = q if positions is None else positions.contiguous()
-    tensors = (q, *q.stride(), k, *k.stride(), seen, *seen.stride(), at, at.stride(0) if at.shape[0] > 1 else 0)
+    tensors = (q, *q.stride(), k, *k.stride(), sights, *sights.stride(), at, at.stride(0) if at.shape[0] > 1 else 0)
     common = (scale, softcap or 1.0, window or 0, k_start, hkv, p, t, n)
     flags = (g, d, softcap is not None, causal, window is not None, mask is not None, dtype, "tf32x3")
     bd = max(16, triton.next_power_of_2(d))

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._splits import multiprocessors
+
 TILE_PAIRS = 2048  # pairs of channels that a program turns at a time
 
 
@@ -64,7 +66,7 @@ def rotate_triton(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, inv
     bt = max(1, min(triton.next_power_of_2(t), TILE_PAIRS // bp))
     tiles = triton.cdiv(t, bt)
     alike = h > 1 and cos.stride(1) == 0 and sin.stride(1) == 0
-    heads = heads_per_program(b * tiles, h, _processors(x.device)) if alike else 1
+    heads = heads_per_program(b * tiles, h, multiprocessors(x.device)) if alike else 1
     runs = triton.cdiv(h, heads)
     rest = 0 if inplace or d == 2 * pairs else triton.next_power_of_2(d - 2 * pairs)
     _rotate[(b * runs * tiles,)](
@@ -77,7 +79,3 @@ def rotate_triton(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, inv
 def heads_per_program(programs: int, heads: int, processors: int) -> int:
     """Heads that share one reading of the tables: as many as leave about eight programs for each multiprocessor, at most 8."""
     return max(1, min(8, heads, programs * heads // (8 * processors)))
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -21,6 +21,32 @@ def in_powers_of_two(b_s, scale, softcap, SOFTCAP: tl.constexpr):
     return b_s
 
 
+@triton.jit
+def span(p_at, m_p, k_start, window, T, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Of rows whose positions are at p_at: keys behind the first and up to the second of two int32, -1 ... T - 1, are seen."""
+    b_after = tl.zeros(p_at.shape, dtype=tl.int32) - 1
+    b_until = b_after + T
+    if CAUSAL or WINDOW:
+        b_at = tl.load(p_at, mask=m_p, other=0) - k_start
+        if CAUSAL:
+            b_until = tl.minimum(tl.maximum(b_at, -1), T - 1).to(tl.int32)
+        if WINDOW:
+            b_after = tl.minimum(tl.maximum(b_at - window, -1), T - 1).to(tl.int32)
+    return b_after, b_until
+
+
+@triton.jit
+def seen(m_s, o_r, o_t, b_after, b_until, p_mask, s_mt, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr):
+    """Which keys o_t rows see whose span is given and whose masks begin at o_r; shapes broadcast."""
+    if CAUSAL:
+        m_s = m_s & (o_t <= b_until)
+    if WINDOW:
+        m_s = m_s & (o_t > b_after)
+    if MASK:
+        m_s = m_s & (tl.load(p_mask + o_r + o_t.to(tl.int64) * s_mt, mask=m_s, other=0) != 0)
+    return m_s
+
+
 def product_type(*tensors: torch.Tensor) -> tl.dtype:
     """The type in which products are taken: the tensors' own where they share one of 16 bits, else fp32.
 
@@ -29,11 +55,6 @@ def product_type(*tensors: torch.Tensor) -> tl.dtype:
     names = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     dtypes = {t.dtype for t in tensors}
     return names.get(dtypes.pop(), tl.float32) if len(dtypes) == 1 and tensors[0].is_cuda else tl.float32
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def architecture() -> int:

@@ -11,7 +11,6 @@ from .naive import close
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HALF = {"tol": 1e-2}
 
 
 def both(q, k, v, splits=None, scale=0.2, tol=1e-5, exact=None, merged=True, **seen):
@@ -60,14 +59,14 @@ def test_types_that_differ():
     both(q.half(), k.half(), v.half(), exact=True, tol=1e-5)
 
 
-def test_one_key_by_hand():
+def test_two_keys_by_hand():
     """Scores 0 and log 3: weights 1/4 and 3/4."""
     q = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
     k = torch.tensor([[0.0, 5.0], [torch.log(torch.tensor(3.0)), 7.0]]).view(1, 1, 2, 2)
     v = torch.tensor([[4.0], [8.0]]).view(1, 1, 2, 1)
     out, lse = both(q, k, v, scale=1.0)
     assert out.flatten().tolist() == pytest.approx([7.0])
-    assert lse.flatten().tolist() == pytest.approx([4.0], abs=1e-5) or lse.exp().item() == pytest.approx(4.0)
+    assert lse.exp().item() == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +113,7 @@ def test_splits_left_apart_merge_to_the_same():
 
     q, k, v = case(b=2, tq=3, t=200)
     out, lse = both(q, k, v, splits=3, merged=False)
-    assert out.shape == (2, 2, 4, 3, 48) if len(out) == 2 else out.shape == (3, 2, 4, 3, 48)
+    assert out.shape == (3, 2, 4, 3, 48)
     want = attend_dense_reference(q, k, v, Sight(), 0.2)
     close(tuple(x.cpu() for x in merge_triton([(out.to(DEVICE), lse.to(DEVICE))])), want)
 

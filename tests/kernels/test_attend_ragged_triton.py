@@ -75,7 +75,18 @@ def test_positions(seen, places, first):
     if places == "key":
         at = torch.cat([torch.randperm(90)[: n + 2].sort().values for n in counts.tolist()]) + first
     at = at if first else at.int()
-    both(q, k, v, start, counts, 80, places, at=at, q_positions=torch.tensor([[-3, 8, 11], [60, 70, 400]]) + first, **seen)
+    both(
+        q,
+        k,
+        v,
+        start,
+        counts,
+        80,
+        places,
+        at=at,
+        q_positions=torch.tensor([[-3, 8, 11], [60, 70, 400]]) + first,
+        **seen,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -103,4 +114,6 @@ def test_rows_that_do_not_fit():
     with pytest.raises(ValueError, match="a row lies at"):
         attend_ragged(q, k, v, start + 10, counts=counts, longest=65, scale=1.0)
     with pytest.raises(ValueError, match="k_start of each row"):
-        attend_ragged(q, k, v, start, counts=counts, longest=65, scale=1.0, window=3, q_positions=torch.zeros(2, 3).int())
+        attend_ragged(
+            q, k, v, start, counts=counts, longest=65, scale=1.0, window=3, q_positions=torch.zeros(2, 3).int()
+        )

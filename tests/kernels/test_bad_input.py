@@ -267,6 +267,43 @@ def test_what_does_not_fit_together(wrapper, changed):
     refuses(wrapper, ValueError, **changed)
 
 
+ROWS = dict(offsets=torch.tensor([0, 5, 5, 12]), counts=torch.tensor([5, 0, 7, 8]), longest=8)  # on the queries' device
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "changed"),
+    [
+        (attend_dense, dict(weight=torch.ones(2, 2, 8))),
+        (attend_dense, dict(weight=torch.ones(2, 2, 9).double())),
+        (attend_dense, dict(weight=torch.ones(2, 2, 9, device="meta"))),
+        (attend_ragged, ROWS | dict(longest=None)),
+        (attend_ragged, ROWS | dict(longest=-1)),
+        (attend_ragged, ROWS | dict(counts=torch.tensor([5.0, 0, 7, 8]))),
+        (attend_ragged, ROWS | dict(counts=torch.tensor([5, 0, 7]))),
+        (attend_ragged, ROWS | dict(counts=torch.tensor([5, 0, 7, 8], device="meta"))),
+        (attend_ragged, ROWS | dict(counts=torch.tensor([5, 0, 7, 9]), longest=9)),  # behind the last key
+        (attend_ragged, ROWS | dict(offsets=torch.tensor([-1, 5, 5, 12]))),
+        (attend_ragged, ROWS | dict(offsets=torch.tensor([0, 5, 5, 2**40]))),
+        (attend_ragged, ROWS | dict(offsets=[0, 5, 5, 12])),
+        (attend_ragged, dict(offsets=torch.tensor([0, 5, 5, 12, 20]))),
+        (probe, dict(causal=True)),
+        (probe, dict(window=3)),
+        (probe, dict(causal=True, positions=torch.zeros(2))),
+        (probe, dict(causal=True, positions=torch.rand(3))),
+        (probe, dict(causal=True, positions=torch.zeros(3, device="meta").int())),
+        (merge, dict(sinks=torch.zeros(3))),
+        (merge, dict(sinks=torch.zeros(4, device="meta"))),
+        (prefill_sparse, dict(index=torch.tensor([0, 3, -1]))),
+        (prefill_sparse, dict(index=torch.tensor([0, 3, 9]))),
+        (prefill_sparse, dict(index=torch.tensor([3, 0, 4]))),
+        (prefill_sparse, dict(index=torch.tensor([3, 3, 4]))),
+    ],
+    ids=lambda v: name_of(v) if callable(v) else "-".join(v),
+)
+def test_options_that_do_not_fit(wrapper, changed):
+    refuses(wrapper, (TypeError, ValueError), **changed)
+
+
 def test_parts_that_only_broadcast_do_not_merge():
     (out, lse), other = _merge()["parts"]
     for part in ((out[:1], lse[:1]), (out[:, :, :1], lse[:, :, :1]), (out, lse[..., None]), (out[..., :4], lse)):

@@ -221,7 +221,7 @@ def test_what_does_not_fit_raises():
         pack_blocks(torch.zeros(1, 32, 8, dtype=torch.int32), torch.tensor([3]), spec)
     with pytest.raises(ValueError, match=r"\[N, 32, 8\]"):
         pack_blocks(torch.zeros(1, 32, 9), torch.tensor([3]), spec)
-    with pytest.raises(ValueError, match="integers"):
+    with pytest.raises(TypeError, match="int32"):
         pack_blocks(torch.zeros(1, 32, 8), torch.tensor([3.0]), spec)
 
 
