@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -60,14 +61,37 @@ class CudaRecorder:
 
     def record(self, step: Callable[[], torch.Tensor]) -> Recording:
         graph = torch.cuda.CUDAGraph()
-        # other threads (a stream's store, a progress bar) may use the GPU meanwhile
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # torch's own stream for this lies on the device on which a process records first; other threads (a stream's store, a
+        # progress bar) may use the GPU meanwhile
+        options = {"stream": _side_stream(self.device), "capture_error_mode": "thread_local"}
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, **options):
             out = step()
         return Recording(graph.replay, out)
 
 
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings on a device: torch's libraries keep a workspace for each stream."""
+    return torch.cuda.Stream(device)
+
+
+@dataclass(eq=False)
+class Steps:
+    """Of a stretch, what its steps have in common.
+
+    Args:
+        manner: how the decoder is called, what tensors hold apart; recordings know no other way.
+        inputs: where they read what differs.
+        recorded: steps by whether they pack; None for a kind that has only run.
+    """
+
+    manner: tuple
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    recorded: dict[bool, Recording | None] = field(default_factory=dict)
+
+
 class Recordings(weakref.WeakKeyDictionary):
-    """Of each stretch, by whether the step packs. A copy of the model records its own."""
+    """`Steps` of each stretch. A copy of the model records its own."""
 
     def __deepcopy__(self, memo) -> Recordings:
         return Recordings()
@@ -87,7 +111,6 @@ class Stepper:
         self._own = "forward" in adapter.text_model.__dict__  # whether it was set on the module, and not by its class
         self.recordings = Recordings()
         self.replayed = 0  # steps of the sequence in progress that a recording ran
-        self._inputs: dict[str, torch.Tensor] = {}  # where the recordings read them
         self._step: tuple[Stretch, dict[str, torch.Tensor]] | None = None  # the one that begins, and its token
         self._output: type | None = None  # what the decoder returns
 
@@ -119,25 +142,28 @@ class Stepper:
         if state.layout is None:
             self.replayed = 0
         plain = _is_step(state, new, kwargs)
-        stretch = state.stretch
-        if stretch is not None and not (plain and self._goes_on(stretch)):
+        stretch, manner = state.stretch, _manner(kwargs, ids)
+        if stretch is not None and not (plain and self._goes_on(stretch, manner)):
             state.end_stretch()
             stretch = None
         if stretch is None:
             room = possible(cache.layers) if plain and state.steps else 0
             if room < LEAST:
                 return None
-            stretch = Stretch(cache, room, Layouts(self.adapter))
-            self.recordings[stretch], self._inputs = {}, {}
+            with torch.inference_mode(False):  # else they could be written to in that mode alone
+                stretch = Stretch(cache, room, Layouts(self.adapter))
+            self.recordings[stretch] = Steps(manner)
         positions = kwargs.get("position_ids")
         if positions is None:
-            positions = torch.full((len(new), 1), stretch.seen + stretch.steps, device=new.device)
-        token = {"position_ids": positions.reshape(-1, len(new), 1).clone()}
+            positions = torch.full((1, 1), stretch.seen + stretch.steps, device=new.device)
+        positions = positions.reshape(-1, *positions.shape[-2:]) if positions.dim() > 1 else positions.view(1, 1, -1)
+        token = {"position_ids": positions.expand(-1, len(new), -1).clone()}
         self._step = stretch, token if ids is None else {**token, "input_ids": ids.clone()}
         return stretch
 
-    def _goes_on(self, stretch: Stretch) -> bool:
-        return stretch in self.recordings and stretch.steps < stretch.room and not stretch.failed
+    def _goes_on(self, stretch: Stretch, manner: tuple) -> bool:
+        known = self.recordings.get(stretch)
+        return known is not None and known.manner == manner and stretch.steps < stretch.room and not stretch.failed
 
     def _forward(self, *args, **kwargs):
         if self._step is None:
@@ -148,10 +174,15 @@ class Stepper:
             kwargs["input_ids"] = args[0]
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = token["position_ids"][0]
+        inputs = self.recordings[stretch].inputs
         for name in INPUTS:
-            if kwargs.get(name) is not None:
-                self._inputs.setdefault(name, torch.empty_like(kwargs[name])).copy_(kwargs[name])
-        others = {name: value for name, value in kwargs.items() if name not in (*INPUTS, *IGNORED)}
+            given = kwargs.get(name)
+            if given is not None and name not in inputs:
+                with torch.inference_mode(False):
+                    inputs[name] = torch.empty_like(given)
+            if given is not None:
+                inputs[name].copy_(given)
+        others = _others(kwargs)
         try:
             hidden = self._run(stretch, stretch.begin(token), weakref.ref(cache), others)
         except BaseException:
@@ -162,12 +193,14 @@ class Stepper:
     def _run(self, stretch: Stretch, packs: bool, cache: weakref.ref, others: dict) -> torch.Tensor:
         """Last hidden states `[B, 1, C]` of a step."""
 
+        steps = self.recordings[stretch]
+
         def step() -> torch.Tensor:
-            output = self.forward(**self._inputs, **others, past_key_values=cache())
+            output = self.forward(**steps.inputs, **others, past_key_values=cache())
             self._output = type(output)
             return output.last_hidden_state
 
-        known = self.recordings[stretch]
+        known = steps.recorded
         if packs not in known:
             known[packs] = None
             return step()
@@ -248,6 +281,17 @@ def recorder_for(model) -> Recorder:
             f"graphs=True on {found}: CUDA graphs need the whole model on one CUDA device; leave graphs out"
         )
     return CudaRecorder(devices.pop())
+
+
+def _others(kwargs: dict) -> dict:
+    """What the decoder is given beside its inputs and the cache, and heeds."""
+    return {name: value for name, value in kwargs.items() if name not in (*INPUTS, *IGNORED)}
+
+
+def _manner(kwargs: dict, ids: torch.Tensor | None) -> tuple:
+    """How the decoder is called, what tensors hold apart."""
+    embeds, positions = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
+    return ids is None, embeds is None, None if positions is None else positions.shape, _others(kwargs)
 
 
 def _is_step(state, new: torch.Tensor, kwargs: dict) -> bool:

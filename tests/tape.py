@@ -14,7 +14,7 @@ from mmkv._graphs import Recording
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim", "item"}
 KERNELS = {  # where they are called from; each counts as one operation, as a Triton kernel would
     "mmkv.cache.static.tail": ["attend_ragged"],
-    "mmkv.cache.static.layer": ["merge"],
+    "mmkv.cache.view": ["merge"],
     "mmkv.cache.segment": ["attend_packed", "merge"],
     "mmkv.cache.dense": ["attend_ragged", "merge"],
     "mmkv.cache.summary": ["attend_dense", "merge"],

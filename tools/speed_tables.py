@@ -55,7 +55,7 @@ def _generating(device: str) -> dict[tuple, list[str]]:
             tables[key] = [
                 f"**{key[0]}**, {key[1]:,} tokens, batch {key[2]}: {stock}",
                 "",
-                "| cache | prefill, seconds of stock | decoding, tokens/s of stock | KV, MiB | peak of prefill | of decoding |",
+                "| cache | prefill time of stock's | tokens/s of stock's | KV, MiB | peak, prefill | peak, decoding |",
                 "|---|---|---|---|---|---|",
             ]
         sizes = (f"{row[part] / 2**20:,.1f}" for part in ("kv_bytes", "prefill_peak_bytes", "decode_peak_bytes"))
@@ -67,8 +67,9 @@ def _generating(device: str) -> dict[tuple, list[str]]:
 def _conditions(device: str) -> list[str]:
     result = json.loads((ROOT / f"benchmarks/results/generate-{device}.json").read_text())
     return [
-        f"Random weights, {result['dtype']}, the fastest of {result['rounds']} rounds. Peaks (MiB) are the",
-        f"allocator's figures above the weights. {versions(result)} {_load(result)}",
+        f"Random weights, {result['dtype']}, the fastest of {result['rounds']} rounds. Peaks (MiB) are the allocator's",
+        "figures above the weights. The small model has 4 layers of 1,024 channels, 8 query and 2 KV heads of 128.",
+        f"{versions(result)} {_load(result)}",
     ]
 
 

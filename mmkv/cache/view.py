@@ -10,7 +10,7 @@ from mmkv import compat
 from mmkv.cache.deciding import attending, look
 from mmkv.cache.fill import Asked
 from mmkv.cache.mask import LazyMask
-from mmkv.kernels import attend_dense, merge, prefill_sparse
+from mmkv.kernels import attend_dense, merge, prefill_sparse, without_gradient
 
 if TYPE_CHECKING:
     from mmkv.cache.layer import KVLayer
@@ -89,19 +89,23 @@ class View:
     def _merged(self, query, mask, asked, *, scaling=None, dropout=0.0, softcap=None, s_aux=None,
                 sliding_window=None, is_causal=None, **other):  # fmt: skip
         self._refuse(mask, dropout, other)
-        layer, scale = self.layer, asked.scale
-        positions = self._positions(query)
-        options = {"scale": scale, "softcap": softcap, "merged": False}
-        parts = [
-            segment.attend(query, q_positions=positions, window=layer.window, **options)
-            for segment in layer.segments
-            if not segment.empty
-        ]
-        parts.append(
-            attend_dense(query, layer.keys, layer.values, **self._tail_sight(positions, asked.causal), **options)
-        )
-        out, _ = merge(parts, sinks=s_aux, dtype=query.dtype)
+        layer, positions = self.layer, self._positions(query)
+        options = {"scale": asked.scale, "softcap": softcap, "merged": False}
+        with torch.no_grad():
+            parts = [
+                segment.attend(query, q_positions=positions, window=layer.window, **options)
+                for segment in layer.segments
+                if not segment.empty
+            ]
+            parts.append(self._tail(query, positions, asked.causal, options))
+            out, _ = merge(parts, sinks=s_aux, dtype=query.dtype)
+        (out,) = without_gradient(query, out)
         return out.transpose(1, 2).contiguous()
+
+    def _tail(self, query, positions, causal: bool, options: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention over the dense tail, in parts that are yet to be merged."""
+        sight = self._tail_sight(positions, causal)
+        return attend_dense(query, self.layer.keys, self.layer.values, **sight, **options)
 
     def _refuse(self, mask, dropout, other) -> None:
         if isinstance(mask, torch.Tensor):

@@ -10,6 +10,7 @@ from .dispatch import which_kernels
 from .group_mean import Members, group_mean, group_members, group_total
 from .merge import merge, merge_sinks
 from .most_similar import most_similar
+from .no_gradient import without_gradient
 from .pack import pack_blocks, unpack_blocks
 from .prefill_sparse import prefill_sparse
 from .probe import Mass, probe
@@ -22,5 +23,5 @@ __all__ = [
     "Blocks", "Code", "Mass", "Members", "Spec", "Table", "attend_dense", "attend_packed", "attend_ragged", "code",
     "gaussian", "group_mean", "group_members", "group_total", "hadamard", "lloyd", "mean_only", "merge",
     "merge_sinks", "minmax", "most_similar", "pack_blocks", "prefill_sparse", "probe", "real_fft", "rotary_tables",
-    "rotate", "sign", "symmetric", "ternary", "unpack_blocks", "which_kernels",
+    "rotate", "sign", "symmetric", "ternary", "unpack_blocks", "which_kernels", "without_gradient",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ from ._check import check_device, check_float, check_numbers, group_size
 from ._sight import checked_positions
 from .blocks import Blocks
 from .digits import decode_digits, deinterleave, interleave
+from .no_gradient import without_gradient
 from .pack import unpack_blocks
 from .spec import Code, Spec
 from .table import Table
@@ -43,7 +44,7 @@ def attend_packed(
     exact: bool | None = None,
     merged: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of q over the blocks that the table names.
+    """Softmax attention of q over the blocks that the table names. It has no gradient: a backward pass raises RuntimeError.
 
     Args:
         q: [B, Hq, Tq, D], channels in the keys' stored order and basis.
@@ -64,6 +65,13 @@ def attend_packed(
     check_numbers(scale, softcap, window)
     q_positions = _check(q, keys, values, table, q_positions, causal, window)
     options = {"scale": scale, "softcap": softcap, "q_positions": q_positions, "causal": causal, "window": window}
+    with torch.no_grad():
+        out, lse = _attend(q, keys, values, table, exact, merged, options)
+    out, lse = without_gradient(q, out, lse)
+    return out, lse
+
+
+def _attend(q, keys, values, table, exact, merged, options) -> tuple[Tensor, Tensor]:
     if q.is_cuda:
         from .attend_packed_triton import attend_packed_triton
 

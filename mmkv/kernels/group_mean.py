@@ -48,7 +48,7 @@ def group_mean(
         [B, N', C] in x's dtype.
 
     Raises:
-        ValueError: shapes do not fit, or count is negative.
+        ValueError: shapes do not fit, count is negative, or (looked at on a CPU alone) an index is beyond it.
         TypeError: x or weight is not floating point, or index not int64.
     """
     check_float(x=x, **({} if weight is None else {"weight": weight}))
@@ -111,3 +111,7 @@ def _check(x: Tensor, index: Tensor, count: int, weight: Tensor | None) -> None:
         raise ValueError(f"weight is {tuple(weight.shape)}; it has to be {tuple(index.shape)}")
     if count < 0:
         raise ValueError(f"count={count}; the number of groups is at least 0")
+    if not index.is_cuda and index.numel() and not -1 <= int(index.min()) <= int(index.max()) < count:
+        raise ValueError(
+            f"index has {int(index.min())} ... {int(index.max())}; possible are 0 to {count - 1}, and -1 for what is pruned"
+        )

@@ -68,6 +68,5 @@ class Answering:
         self.own[layer] = k, v
         keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
         length = keys.shape[2]
-        at = torch.arange(length - new, length, device=q.device)[:, None]
-        mask = torch.arange(length, device=q.device) <= at
-        return attend_dense(self.rotary.rotate(q, ids), keys, values, scale=scale, mask=mask)[0]
+        at = torch.arange(length - new, length, device=q.device)
+        return attend_dense(self.rotary.rotate(q, ids), keys, values, scale=scale, q_positions=at, causal=True)[0]

@@ -48,12 +48,10 @@ class Writing:
         for first in range(0, new, block):
             last = min(first + block, new)
             begin = max(old + first - self.window + 1, 0)
-            at = torch.arange(old + first, old + last, device=q.device)[:, None]
-            columns = torch.arange(begin, old + last, device=q.device)
-            mask = (columns <= at) & (columns > at - self.window)
+            at = torch.arange(old + first, old + last, device=q.device)
             here = attend_dense(
                 queries[:, :, first:last], rotated[:, :, begin : old + last], values[:, :, begin : old + last],
-                scale=scale, mask=mask,
+                scale=scale, q_positions=at, k_start=begin, causal=True, window=self.window,
             )  # fmt: skip
             beyond = self.seen + last - self.window
             if far is not None and beyond > 0:

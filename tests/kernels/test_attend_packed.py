@@ -238,3 +238,14 @@ def test_pools_of_different_groups_raise():
     with pytest.raises(ValueError, match="blocks of 32 tokens"):
         attend_packed(a.q, a.keys, b.values, a.table, scale=1.0)
     assert unpack_blocks(a.keys).shape[1] == 32
+
+
+def test_a_gradient_is_refused_when_it_is_asked_for():
+    """Not before: who forgets torch.no_grad() loses nothing."""
+    c = case(*(f(16, 32) for f in KIVI), b=1, hkv=1, g=2, slots=2)
+    q = c.q.clone().requires_grad_()
+    out, lse = attend_packed(q, c.keys, c.values, c.table, scale=0.1)
+    close((out.detach(), lse.detach()), attend_packed(c.q, c.keys, c.values, c.table, scale=0.1))
+    with pytest.raises(RuntimeError, match=r"no gradient; call mmkv\.unwrap") as caught:
+        out.sum().backward()
+    assert "\n" not in str(caught.value)

@@ -73,3 +73,11 @@ def test_refusals(call, error):
     with pytest.raises(error) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [-2, 3])
+def test_a_group_that_is_none(wrong):
+    index = torch.tensor([[0, wrong, 2]])
+    for call in (lambda: group_mean(torch.randn(1, 3, 4), index, 3), lambda: group_total(torch.randn(1, 3), index, 3)):
+        with pytest.raises(ValueError, match=r"possible are 0 to 2, and -1"):
+            call()

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mmkv.cache.fill import Asked
 from mmkv.cache.segment import PackedSegment
 from mmkv.cache.static.blocks import StaticBlocks
 from mmkv.cache.static.tail import StaticTail
 from mmkv.cache.view import View
-from mmkv.kernels import merge
 
 if TYPE_CHECKING:
     from mmkv.cache.layer import KVLayer
@@ -119,22 +119,19 @@ class StaticLayer:
 class StaticView(View):
     """`View` of a layer that is lent static buffers: no length enters from the host."""
 
-    def attend(self, stock, stock_name: str, module, query: torch.Tensor, mask, *, scaling=None, dropout=0.0,
-               softcap=None, s_aux=None, sliding_window=None, is_causal=None, **other):  # fmt: skip
+    def attend(self, stock, stock_name: str, module, query: torch.Tensor, mask, *, scaling=None, **kwargs):
         """As `View.attend`, of one new token `[B, Hq, 1, D]`."""
-        self._refuse(mask, dropout, other)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        static = self.layer.static
-        parts = [
-            segment.attend(query, scale=scale, softcap=softcap, merged=False)
-            for segment in self.layer.segments
-            if not segment.empty
-        ]
-        parts.append(static.tail.attend(query, scale=scale, softcap=softcap))
-        out, _ = merge(parts, sinks=s_aux, dtype=query.dtype)
-        if static.flushing:
-            static.flush()
-        return out.transpose(1, 2).contiguous(), None
+        out = self._merged(query, mask, Asked(query, scale), **kwargs)
+        if self.layer.static.flushing:
+            self.layer.static.flush()
+        return out, None
+
+    def _positions(self, query) -> None:
+        """Nobody asks for them: a new token sees all that is held."""
+
+    def _tail(self, query, positions, causal, options) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.layer.static.tail.attend(query, **options)
 
 
 def packs(layer: KVLayer) -> bool:

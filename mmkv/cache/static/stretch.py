@@ -69,7 +69,8 @@ class Stretch:
         self._flushes = {first for layer in self.layers for first in layer.first_flushes()}
         self.state.stretch = self
         # layers and their buffers know each other: without this they would wait for the garbage collector
-        weakref.finalize(cache, self._let_go).atexit = False
+        self._ending = weakref.finalize(cache, self._let_go)
+        self._ending.atexit = False
 
     def begin(self, inputs: dict[str, torch.Tensor]) -> bool:
         """A step begins; returns whether it packs.
@@ -92,6 +93,7 @@ class Stretch:
         """
         if self.failed:
             raise RuntimeError("a forward failed half-way; start a new cache")
+        self._ending.detach()  # it would hold on to this, and so to its recordings, as long as the cache lives
         state, steps = self.state, self.steps
         state.stretch = None
         if steps:

@@ -36,11 +36,11 @@ class StaticTail:
             buffer.view(-1, buffer.shape[-1]).index_copy_(0, at, new.reshape(-1, new.shape[-1]))
         self.counts += 1
 
-    def attend(self, q: torch.Tensor, *, scale: float, softcap: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of the newest token's queries `[B, Hq, 1, D]` over all that is held, in unmerged parts."""
+    def attend(self, q: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of the newest token's queries `[B, Hq, 1, D]` over all that is held; options as `attend_ragged` has them."""
         return attend_ragged(
             q, self.keys.view(-1, self.keys.shape[-1]), self.values.view(-1, self.values.shape[-1]), self.first,
-            counts=self.counts, longest=self.capacity, scale=scale, softcap=softcap, merged=False,
+            counts=self.counts, longest=self.capacity, **options,
         )  # fmt: skip
 
     def drop(self, count: int, due: torch.Tensor) -> None:
