@@ -9,7 +9,8 @@ crop, beams that are reordered) ends the stretch, runs as ever, and a new one be
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Protocol
@@ -150,7 +151,7 @@ class Stepper:
             room = possible(cache.layers) if plain and state.steps else 0
             if room < LEAST:
                 return None
-            with torch.inference_mode(False):  # else they could be written to in that mode alone
+            with _written_in_any_mode():
                 stretch = Stretch(cache, room, Layouts(self.adapter))
             self.recordings[stretch] = Steps(manner)
         positions = kwargs.get("position_ids")
@@ -178,7 +179,7 @@ class Stepper:
         for name in INPUTS:
             given = kwargs.get(name)
             if given is not None and name not in inputs:
-                with torch.inference_mode(False):
+                with _written_in_any_mode():
                     inputs[name] = torch.empty_like(given)
             if given is not None:
                 inputs[name].copy_(given)
@@ -283,6 +284,13 @@ def recorder_for(model) -> Recorder:
     return CudaRecorder(devices.pop())
 
 
+@contextmanager
+def _written_in_any_mode() -> Iterator[None]:
+    """Tensors that are made here may be written to outside `torch.inference_mode`, too."""
+    with torch.inference_mode(False), torch.no_grad():  # the first turns gradients on
+        yield
+
+
 def _others(kwargs: dict) -> dict:
     """What the decoder is given beside its inputs and the cache, and heeds."""
     return {name: value for name, value in kwargs.items() if name not in (*INPUTS, *IGNORED)}
@@ -303,4 +311,6 @@ def _is_step(state, new: torch.Tensor, kwargs: dict) -> bool:
         return False
     if kwargs.get("output_hidden_states") or state.chunk_of is not None:
         return False
-    return mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool(mask[:, -1].all()))
+    if mask is None:  # stock attention would see padding
+        return bool(state.layout.valid.all())
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool(mask[:, -1].all())

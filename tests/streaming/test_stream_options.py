@@ -92,7 +92,7 @@ def test_frames_are_packed_by_a_cache_method(loaded, video, method, tmp_path):
 
 @pytest.mark.parametrize("store", ["tape", "disk:", "disk", ""])
 def test_a_store_that_is_none_is_refused_before_anything_is_watched(loaded, store):
-    with pytest.raises(ValueError, match="possible are|disk:") as caught:
+    with pytest.raises(ValueError, match=r"possible are|disk:") as caught:
         mmkv.stream(*loaded, store=store)
     assert "\n" not in str(caught.value) and repr(store) in str(caught.value)
 
