@@ -65,7 +65,9 @@ def wrap(
     if not isinstance(graphs, bool):
         raise ValueError(f"graphs={graphs!r}: possible are True and False")
     if is_timm_vit(base):
-        given = dict(preset=preset, cache=cache, max_bytes=max_bytes, prefill_chunk=prefill_chunk, graphs=graphs or None)
+        given = dict(
+            preset=preset, cache=cache, max_bytes=max_bytes, prefill_chunk=prefill_chunk, graphs=graphs or None
+        )
         return _wrap_vit(
             model, base, _instances(tokens), {name: v for name, v in given.items() if v not in (None, (), [])}
         )
