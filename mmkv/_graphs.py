@@ -12,12 +12,11 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Protocol
 
 import torch
 
 from mmkv import compat
+from mmkv._recorders import Recorder, Recording
 from mmkv.cache import CacheMethod, state_of
 from mmkv.cache.static import LEAST, Stretch, possible, refusal
 from mmkv.layout import TokenLayout
@@ -25,55 +24,8 @@ from mmkv.models import Adapter
 from mmkv.tokens.method import TokenMethod
 
 INPUTS = ("input_ids", "inputs_embeds", "position_ids")  # of the decoder, that differ from step to step
+EXTRAS = ("output_hidden_states", "output_router_logits")  # what a recorded step does not give
 IGNORED = ("attention_mask", "cache_position", "past_key_values")  # single tokens see all that is held
-
-
-@dataclass(eq=False)
-class Recording:
-    """A recorded step.
-
-    Args:
-        replay: runs it again.
-        out: what it computes, in the same place each time.
-        ran: whether recording it ran it, too.
-    """
-
-    replay: Callable[[], None]
-    out: torch.Tensor
-    ran: bool = False
-
-
-class Recorder(Protocol):
-    """Records steps."""
-
-    def record(self, step: Callable[[], torch.Tensor]) -> Recording:
-        """Record what a function does on the device."""
-
-
-class CudaRecorder:
-    """Records CUDA graphs.
-
-    Args:
-        device: on which all of the decoder lies.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def record(self, step: Callable[[], torch.Tensor]) -> Recording:
-        graph = torch.cuda.CUDAGraph()
-        # torch's own stream for this lies on the device on which a process records first; other threads (a stream's store, a
-        # progress bar) may use the GPU meanwhile
-        options = {"stream": _side_stream(self.device), "capture_error_mode": "thread_local"}
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, **options):
-            out = step()
-        return Recording(graph.replay, out)
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all recordings on a device: torch's libraries keep a workspace for each stream."""
-    return torch.cuda.Stream(device)
 
 
 @dataclass(eq=False)
@@ -120,12 +72,15 @@ class Stepper:
         self.adapter.text_model.forward = self._forward
 
     def detach(self) -> None:
-        """Put it back."""
+        """Put it back. Caches are what they would be without graphs, whoever uses them next."""
         module = self.adapter.text_model
         if self._own:
             module.forward = self.forward
         else:
             module.__dict__.pop("forward", None)
+        for stretch in list(self.recordings):
+            if stretch.state.stretch is stretch and not stretch.failed:
+                stretch.close()
 
     def takes(self, cache, new: torch.Tensor, kwargs: dict, ids: torch.Tensor | None) -> Stretch | None:
         """The stretch that the forward which begins is a step of; ends one where it is none, begins one where it can be.
@@ -142,7 +97,7 @@ class Stepper:
             return None
         if state.layout is None:
             self.replayed = 0
-        plain = _is_step(state, new, kwargs)
+        plain = _is_step(state, new, kwargs) and not self._wants_more(kwargs)
         stretch, manner = state.stretch, _manner(kwargs, ids)
         if stretch is not None and not (plain and self._goes_on(stretch, manner)):
             state.end_stretch()
@@ -161,6 +116,12 @@ class Stepper:
         token = {"position_ids": positions.expand(-1, len(new), -1).clone()}
         self._step = stretch, token if ids is None else {**token, "input_ids": ids.clone()}
         return stretch
+
+    def _wants_more(self, kwargs: dict) -> bool:
+        """Whether the decoder is asked for more than its last hidden states."""
+        config = self.adapter.text_config
+        asked = (kwargs[name] if kwargs.get(name) is not None else getattr(config, name, False) for name in EXTRAS)
+        return any(asked)
 
     def _goes_on(self, stretch: Stretch, manner: tuple) -> bool:
         known = self.recordings.get(stretch)
@@ -269,21 +230,6 @@ def check_graphs(
         raise ValueError(f"graphs=True with {method}, which {why}; leave graphs out or choose another method")
 
 
-def recorder_for(model) -> Recorder:
-    """The recorder of a model's device.
-
-    Raises:
-        ValueError: it does not lie on one CUDA device.
-    """
-    devices = {p.device for p in model.parameters()}
-    if len(devices) != 1 or next(iter(devices)).type != "cuda":
-        found = ", ".join(sorted(map(str, devices)))
-        raise ValueError(
-            f"graphs=True on {found}: CUDA graphs need the whole model on one CUDA device; leave graphs out"
-        )
-    return CudaRecorder(devices.pop())
-
-
 @contextmanager
 def _written_in_any_mode() -> Iterator[None]:
     """Tensors that are made here may be written to outside `torch.inference_mode`, too."""
@@ -309,7 +255,9 @@ def _is_step(state, new: torch.Tensor, kwargs: dict) -> bool:
     plain = new.shape[1] == 1 and state.layout is not None and len(new) == state.layout.batch and not tensors
     if not plain or torch.is_grad_enabled() or kwargs.get("use_cache") is False:
         return False
-    if kwargs.get("output_hidden_states") or state.chunk_of is not None:
+    if torch.is_autocast_enabled(new.device.type):  # it keeps copies of weights that are gone when its block ends
+        return False
+    if state.chunk_of is not None:
         return False
     if mask is None:  # stock attention would see padding
         return bool(state.layout.valid.all())

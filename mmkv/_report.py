@@ -193,6 +193,8 @@ class Meter:
             recount: whether what the layers hold has changed by more than one token of each sequence.
         """
         self._seen = state.stretch.seen + state.stretch.steps
+        if self._stream is None or self._stream() is not state:  # another cache than that of the last forward
+            self._stream, self._before, recount = weakref.ref(state), self._seen - 1, True
         if recount or self._held is None:
             self._held = _count(layers, state)
         else:

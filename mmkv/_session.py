@@ -7,7 +7,8 @@ import inspect
 import torch
 
 from mmkv._chunks import Pieces
-from mmkv._graphs import Recorder, Stepper
+from mmkv._graphs import Stepper
+from mmkv._recorders import Recorder
 from mmkv._report import Meter, Report
 from mmkv._vision.dropping import Dropping
 from mmkv._vision.looking import Looking
@@ -196,7 +197,9 @@ class Session:
             self._uncached = uncached
             cache = kwargs["past_key_values"] = Cache(self.adapter.model)
         state = adopt(cache, self.text_config, self.method, self.max_bytes)
-        if self.stepper is not None:
+        if self.stepper is None:
+            state.end_stretch()  # of a cache that another session, with graphs, filled
+        else:
             self._stretch = self.stepper.takes(cache, new, kwargs, self._inputs.get("input_ids", ids))
             if self._stretch is not None:
                 return args, kwargs

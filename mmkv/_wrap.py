@@ -9,8 +9,9 @@ import torch
 
 from mmkv import compat
 from mmkv._chunks import check_chunk
-from mmkv._graphs import check_graphs, recorder_for
+from mmkv._graphs import check_graphs
 from mmkv._presets import preset as find_preset
+from mmkv._recorders import recorder_for
 from mmkv._scales import check_painting, fitted
 from mmkv._session import Session
 from mmkv._vision.looking import facts_of

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmkv._graphs import Recording
+from mmkv._recorders import Recording
 
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim", "item"}
 KERNELS = {  # where they are called from; each counts as one operation, as a Triton kernel would

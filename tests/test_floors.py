@@ -30,6 +30,7 @@ FLOORS = {
     "mmkv._report": 4,
     "mmkv._session": 4,
     "mmkv._graphs": 4,
+    "mmkv._recorders": 4,
     "mmkv._scales": 4,
     "mmkv._chunks": 4,
     "mmkv._vision": 4,

@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import random_models as rm
 import torch
-from tape import taped
+from tape import Tape, taped
 from transformers import DynamicCache
 
 import mmkv
 from mmkv import compat
+from mmkv._recorders import CudaRecorder
 from mmkv.cache import GEAR, GUIKV, H2O, KIVI, SnapKV, StreamingLLM, VidKV, WaterfillKV, ZipCache, state_of
 from mmkv.cache.static import refusal
+from mmkv.cache.static.layer import StaticLayer
 from mmkv.tokens import EVS, FastV, VisionZip
 
 METHODS = {
@@ -105,6 +109,8 @@ def same(cache, plain):
             assert torch.equal(one.start, two.start)
             used = one.count > 0
             assert sum(t.nbytes for t in one.tensors()) == sum(t.nbytes for t in two.tensors())
+            if not bool(used.any()):
+                continue
             codes = [s.keys.codes[s.block[used].long()] for s in (one, two)]
             assert (codes[0] != codes[1]).float().mean() < 0.01
 
@@ -136,7 +142,8 @@ def test_every_family(family, recorder):
 
 
 @pytest.mark.parametrize(
-    "tokens", [[EVS(ratio=0.5)], [VisionZip(dominant=0.5, contextual=2), FastV(layer=1, ratio=0.5)], [FastV(layer=2, ratio=0.5)]]
+    "tokens",
+    [[EVS(ratio=0.5)], [VisionZip(dominant=0.5, contextual=2), FastV(layer=1, ratio=0.5)], [FastV(layer=2, ratio=0.5)]],
 )
 @pytest.mark.parametrize("name", ["dense", "vidkv", "snapkv x kivi"])
 def test_behind_token_methods(name, tokens, recorder):
@@ -244,6 +251,187 @@ def test_two_caches_in_turn(recorder):
     assert torch.allclose(logits[True], logits[False], atol=1e-3)
 
 
+def test_stretches_that_begin_anew_in_turn(recorder, monkeypatch):
+    """Each reads its inputs where its own recordings do: caches of different batches, and a copy of one of them."""
+    monkeypatch.setattr("mmkv.cache.static.stretch.possible.__defaults__", (16,))
+    model = rm.make("qwen2")
+    ids = torch.tensor([rm.words(80), rm.words(80, 1)])
+    logits = {}
+    for graphs in (True, False):
+        with mmkv.wrapped(model, cache=[KIVI(bits=4, residual=32, group=32)], graphs=graphs), torch.no_grad():
+            caches = [mmkv.Cache(model), mmkv.Cache(model)]
+            model(input_ids=ids, past_key_values=caches[0])
+            model(input_ids=ids[:1], past_key_values=caches[1])
+            found = []
+            for k in range(75):
+                if k == 20:
+                    caches.append(copy.deepcopy(caches[0]))
+                cache = caches[k * k % len(caches)]
+                new = ids[: cache.layers[0].batch_size, k : k + 1]
+                found.append(model(input_ids=new, past_key_values=cache).logits.flatten())
+            logits[graphs] = torch.cat(found)
+            if graphs:
+                assert mmkv.report(model).replayed_steps > 20
+    assert torch.allclose(logits[True], logits[False], atol=1e-3)
+
+
+def test_ids_and_embeddings_in_turn(recorder):
+    """A recording knows one way in which the decoder is called."""
+    model = rm.make("qwen2")
+    ids = torch.tensor([rm.words(80)])
+    logits = {}
+    for graphs in (True, False):
+        with mmkv.wrapped(model, cache=[KIVI(bits=4, residual=32, group=32)], graphs=graphs), torch.no_grad():
+            cache = mmkv.Cache(model)
+            found = [model(input_ids=ids, past_key_values=cache).logits]
+            for k in range(60):
+                new = ids[:, k : k + 1]
+                given = {"inputs_embeds": model.model.embed_tokens(new)} if k // 10 % 2 else {"input_ids": new}
+                found.append(model(**given, past_key_values=cache).logits)
+            logits[graphs] = torch.cat(found, 1)
+            if graphs:
+                assert mmkv.report(model).replayed_steps > 20
+    assert torch.allclose(logits[True], logits[False], atol=1e-3)
+
+
+def test_positions_that_hold_for_all_rows(recorder):
+    model = rm.make("qwen2")
+    ids = torch.tensor([rm.words(80), rm.words(80, 1)])
+    found = []
+    for graphs in (True, False):
+        with mmkv.wrapped(model, cache=[KIVI(bits=4, residual=32, group=32)], graphs=graphs), torch.no_grad():
+            cache = mmkv.Cache(model)
+            model(input_ids=ids, past_key_values=cache)
+            logits = [
+                model(input_ids=ids[:, k : k + 1], position_ids=torch.tensor([[80 + k]]), past_key_values=cache).logits
+                for k in range(50)
+            ]
+            found.append((torch.cat(logits, 1), cache))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-3)
+    state_of(found[0][1]).end_stretch()
+    same(found[0][1], found[1][1])
+
+
+def test_padding_that_no_mask_hides_runs_as_ever(recorder):
+    """Stock attention sees it where a step brings no mask."""
+    model = rm.make("llama")
+    ids = torch.tensor([[rm.PAD] * 9 + rm.words(71), rm.words(80, 1)])
+    logits = {}
+    for graphs in (True, False):
+        with mmkv.wrapped(model, graphs=graphs), torch.no_grad():
+            cache = mmkv.Cache(model)
+            model(input_ids=ids, attention_mask=(ids != rm.PAD).long(), past_key_values=cache)
+            found = [model(input_ids=ids[:, k + 9 : k + 10], past_key_values=cache).logits for k in range(20)]
+            logits[graphs] = torch.cat(found, 1)
+    assert torch.equal(logits[True], logits[False])
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+def test_inference_mode_that_comes_and_goes(first, recorder, monkeypatch):
+    def replay(tape, plain=Tape.replay):
+        with torch.inference_mode():  # the tape writes to what a step made, a CUDA graph does not ask
+            plain(tape)
+
+    monkeypatch.setattr(Tape, "replay", replay)
+    then = torch.no_grad if first is torch.inference_mode else torch.inference_mode
+    model = rm.make("qwen2")
+    ids = torch.tensor([rm.words(80)])
+    found = []
+    for graphs in (True, False):
+        with mmkv.wrapped(model, cache=[KIVI(bits=4, residual=32, group=32)], graphs=graphs):
+            cache, logits = mmkv.Cache(model), []
+            with torch.no_grad():
+                model(input_ids=ids, past_key_values=cache)
+            for mode, span in ((first, range(20)), (then, range(20, 50)), (first, range(50, 75))):
+                with mode():
+                    logits += [model(input_ids=ids[:, k : k + 1], past_key_values=cache).logits for k in span]
+            cache.crop(-2)  # in neither mode
+            with torch.inference_mode():
+                found.append((torch.cat(logits, 1), cache))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-3)
+    same(found[0][1], found[1][1])
+
+
+def test_recordings_go_with_their_stretch(recorder):
+    """And not with the cache, which may see many turns."""
+    model = rm.make("qwen2")
+    with mmkv.wrapped(model, cache=[KIVI(bits=4, residual=32, group=32)], graphs=True), torch.no_grad():
+        cache = mmkv.Cache(model)
+        recordings = model._mmkv.stepper.recordings
+        ids = torch.tensor([rm.words(80)])
+        for _ in range(3):
+            model(input_ids=ids, past_key_values=cache)
+            for k in range(5):
+                model(input_ids=ids[:, k : k + 1], past_key_values=cache)
+            assert len(recordings) == 1
+        cache.crop(-1)
+        assert len(recordings) == 0
+
+
+def test_a_cache_goes_on_without_graphs(recorder):
+    method, ids, found = KIVI(bits=4, residual=32, group=32), torch.tensor([rm.words(80)]), []
+    for graphs in (True, False):
+        model, cache, logits = rm.make("qwen2"), DynamicCache(), []
+        for wrapped in (graphs, False):
+            with mmkv.wrapped(model, cache=[method], graphs=wrapped), torch.no_grad():
+                for k in range(45):
+                    new = ids if not k and not logits else ids[:, k : k + 1]
+                    logits.append(model(input_ids=new, past_key_values=cache).logits)
+        found.append((torch.cat(logits, 1), cache))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-3)
+    same(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("moment", ["__init__", "close"])
+def test_memory_that_does_not_suffice_for_the_buffers(moment, recorder, monkeypatch):
+    """Half of the layers have changed over then."""
+
+    plain = getattr(StaticLayer, moment)
+
+    def fails(static, *args):
+        layer = args[0] if moment == "__init__" else static.layer
+        if layer.index == 1:
+            raise torch.OutOfMemoryError("no memory")
+        plain(static, *args)
+
+    def run(cache):
+        for k in range(6):
+            model(input_ids=ids if k in (0, 5) else ids[:, :1], past_key_values=cache)
+
+    model = rm.make("qwen2")
+    with mmkv.wrapped(model, cache=[KIVI(bits=4, residual=32, group=32)], graphs=True), torch.no_grad():
+        cache = mmkv.Cache(model)
+        ids = torch.tensor([rm.words(80)])
+        with monkeypatch.context() as patched:
+            patched.setattr(StaticLayer, moment, fails)
+            with pytest.raises(torch.OutOfMemoryError):
+                run(cache)
+        for more in (1, 2):
+            with pytest.raises(RuntimeError, match="half-way; start a new cache"):
+                model(input_ids=ids[:, :more], past_key_values=cache)
+        held = weakref.ref(cache.layers[0].keys)
+        recorder.tapes.clear()
+        gc.disable()
+        try:
+            del cache
+            assert held() is None
+        finally:
+            gc.enable()
+
+
+def test_a_model_that_has_moved_since(monkeypatch):
+    """Nothing is recorded there; each device has a stream for it."""
+    streams = []
+    nothing = lambda *args, **kwargs: streams.append(kwargs.get("stream")) or nullcontext()  # noqa: E731
+    monkeypatch.setattr("torch.cuda.CUDAGraph", lambda: SimpleNamespace(replay=None))
+    monkeypatch.setattr("torch.cuda.device", nothing)
+    monkeypatch.setattr("torch.cuda.graph", nothing)
+    monkeypatch.setattr("mmkv._recorders._side_stream", str)
+    with pytest.raises(RuntimeError, match="the model has moved from cuda:1 to cpu since it was wrapped"):
+        CudaRecorder(torch.device("cuda:1")).record(lambda: torch.zeros(1))
+    assert "cuda:1" in streams
+
+
 def test_a_cache_that_is_dropped_is_freed_at_once(recorder):
     model = rm.make("qwen2")
     with mmkv.wrapped(model, cache=[KIVI(bits=4, residual=32, group=32)], graphs=True), torch.no_grad():
@@ -320,6 +508,20 @@ def test_padding_among_decoded_tokens_runs_as_ever(masked, recorder):
     same(found[0][1], found[1][1])
 
 
+@pytest.mark.parametrize("how", ["keyword", "config"])
+def test_hidden_states_are_given_as_ever(how, recorder):
+    model, ids = rm.make("qwen2"), torch.tensor([rm.words(80)])
+    model.config.output_hidden_states = how == "config"
+    asked = {"output_hidden_states": True} if how == "keyword" else {}
+    with mmkv.wrapped(model, graphs=True), torch.no_grad():
+        cache = mmkv.Cache(model)
+        model(input_ids=ids, past_key_values=cache)
+        for k in range(6):
+            out = model(input_ids=ids[:, k : k + 1], past_key_values=cache, **asked)
+            assert len(out.hidden_states) == 1 + len(model.model.layers)
+        assert mmkv.report(model).replayed_steps == 0
+
+
 def test_with_gradients_it_runs_as_ever(recorder):
     model = rm.make("qwen2")
     with mmkv.wrapped(model, graphs=True):
@@ -357,6 +559,67 @@ def test_refused_without_cuda():
     model = rm.make("qwen2")
     with pytest.raises(ValueError, match="graphs=True on cpu: CUDA graphs need the whole model on one CUDA device"):
         mmkv.wrap(model, "vidkv", graphs=True)
+
+
+def stepped(model, cache, steps, ids=None):
+    """A prompt of 80 tokens and some steps."""
+    ids = torch.tensor([rm.words(80)]) if ids is None else ids
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+        for k in range(steps):
+            logits = model(input_ids=ids[:, k : k + 1], past_key_values=cache).logits
+    return logits
+
+
+def test_reports_of_two_caches_in_turn(recorder):
+    model = rm.make("qwen2")
+    found = []
+    for graphs in (True, False):
+        with mmkv.wrapped(model, cache=[KIVI(bits=4, residual=32, group=32)], graphs=graphs):
+            caches = [mmkv.Cache(model), mmkv.Cache(model)]
+            stepped(model, caches[0], 20)
+            stepped(model, caches[1], 10)
+            with torch.no_grad():
+                model(input_ids=torch.tensor([[30]]), past_key_values=caches[0])
+            found.append(mmkv.report(model))
+    assert (found[0].tokens_seen, found[0].tokens_held) == (found[1].tokens_seen, found[1].tokens_held) == (101, 101)
+    assert found[0].decode_tokens == found[1].decode_tokens
+
+
+def test_a_copy_goes_on_without_graphs(recorder):
+    """The copy of a cache that is in a stretch, in a model that is wrapped without."""
+    method = [KIVI(bits=4, residual=32, group=32)]
+    model, plain = rm.make("qwen2"), rm.make("qwen2")
+    with mmkv.wrapped(model, cache=method, graphs=True), mmkv.wrapped(plain, cache=method):
+        cache, other = mmkv.Cache(model), mmkv.Cache(plain)
+        stepped(model, cache, 12)
+        stepped(plain, other, 12)
+        new = torch.tensor([[31]])
+        with torch.no_grad():
+            mine = plain(input_ids=new, past_key_values=copy.deepcopy(cache)).logits
+            theirs = plain(input_ids=new, past_key_values=other).logits
+    assert torch.allclose(mine, theirs, atol=1e-4)
+
+
+def test_a_reset_in_the_middle(recorder):
+    model = rm.make("qwen2")
+    with mmkv.wrapped(model, cache=[KIVI(bits=4, residual=32, group=32)], graphs=True):
+        cache = mmkv.Cache(model)
+        first = stepped(model, cache, 12)
+        assert cache.layers[0].static is not None
+        cache.reset()
+        assert cache.get_seq_length() == 0 and cache.layers[0].static is None
+        assert torch.allclose(stepped(model, cache, 12), first, atol=1e-5)
+        state_of(cache).stretch.failed = True
+        cache.reset()
+        assert torch.allclose(stepped(model, cache, 12), first, atol=1e-5)
+
+
+def test_under_autocast_it_runs_as_ever(recorder):
+    model = rm.make("qwen2")
+    with mmkv.wrapped(model, graphs=True), torch.autocast("cpu", torch.bfloat16):
+        stepped(model, mmkv.Cache(model), 6)
+        assert mmkv.report(model).replayed_steps == 0
 
 
 @pytest.mark.gpu

@@ -516,7 +516,8 @@ class KVLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.state = self.state.root
-        self.state.end_stretch()
+        if self.state.stretch is not None:
+            self.state.stretch.abandon()
         if self.index == 0:
             self.state.reset()
         self.seen = self.logical = 0

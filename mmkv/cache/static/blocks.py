@@ -60,7 +60,9 @@ class StaticBlocks:
             positions: int64 `[n_b, group]` by batch element on the CPU, logical positions of the tokens of the blocks it added.
         """
         segment = self.segment
-        segment.block, segment.count, segment.start = self.before
+        # copies can be written to here, where what was made in torch.inference_mode cannot
+        segment.block, segment.count, segment.start = (t.clone() for t in self.before)
+        segment.positions = None if segment.positions is None else segment.positions.clone()
         base = self.base.cpu().view(-1, segment.heads)
         new = [(base[row][:, None] + torch.arange(len(at))).flatten() for row, at in enumerate(positions)]
         ids = torch.cat([torch.arange(self.used), *new]).to(segment.block.device)

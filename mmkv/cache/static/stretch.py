@@ -60,17 +60,18 @@ class Stretch:
         self.room, self.steps = room, 0
         self.seen = self.state.seen
         self.inputs: list[dict[str, torch.Tensor]] = []  # what the layout of each new token is made of
-        self.failed = False  # a step stopped half-way
+        self.failed = True  # a step stopped half-way, or this itself, where memory did not suffice
         self.packed = False  # whether the newest step packed
         self.layers: list[StaticLayer] = []
+        self.state.stretch = self
+        # layers and their buffers know each other: without this they would wait for the garbage collector
+        self._ending = weakref.finalize(cache, self.abandon)
+        self._ending.atexit = False
         for layer in layers:
             self.layers.append(StaticLayer(layer, room))
             self.state.count(layer.index, layer.nbytes)
         self._flushes = {first for layer in self.layers for first in layer.first_flushes()}
-        self.state.stretch = self
-        # layers and their buffers know each other: without this they would wait for the garbage collector
-        self._ending = weakref.finalize(cache, self._let_go)
-        self._ending.atexit = False
+        self.failed = False
 
     def begin(self, inputs: dict[str, torch.Tensor]) -> bool:
         """A step begins; returns whether it packs.
@@ -93,7 +94,14 @@ class Stretch:
         """
         if self.failed:
             raise RuntimeError("a forward failed half-way; start a new cache")
+        try:
+            self._close()
+        except BaseException:
+            self.failed, self.state.stretch = True, self
+            raise
         self._ending.detach()  # it would hold on to this, and so to its recordings, as long as the cache lives
+
+    def _close(self) -> None:
         state, steps = self.state, self.steps
         state.stretch = None
         if steps:
@@ -116,8 +124,9 @@ class Stretch:
                 mine.follow(parent, steps, torch.arange(steps).expand(mine.layout.batch, -1))
             parent = mine
 
-    def _let_go(self) -> None:
-        """The cache is gone."""
+    def abandon(self) -> None:
+        """Forget what the layers hold: the cache is gone, or is to be empty."""
+        self._ending.detach()
         self.state.stretch = None
         for layer in self.layers:
             layer.layer.static = None
