@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from hf_quantized import importable, stored_tensors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from mmkv.cache.segment import PackedSegment
 from mmkv.kernels import unpack_blocks
+from mmkv.parts.storage import storage_bytes
+
+FP8 = "fp8"  # ends the names of those that read half the bytes
 
 BACKENDS = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
@@ -35,8 +40,32 @@ def dense_peers(device: str) -> dict[str, Callable]:
             ("flashinfer", _flashinfer),
         ):
             if importlib.util.find_spec(name) is not None:
-                peers[name] = lambda *given, name=name, make=make: make(name, *given)
+                peers[name] = partial(make, name)
+                peers[f"{name} {FP8}"] = partial(_in_8_bits, make, name)
     return peers
+
+
+def quantized_peers() -> dict[str, Callable]:
+    """The same for transformers' quantized caches, where their backends can be imported."""
+    return {f"hf {name} {bits} bit": partial(_hf, kind, bits) for name, kind in importable().items() for bits in (4, 2)}
+
+
+def _hf(kind, bits, q, keys, values, scale):
+    """A step of a `QuantizedCache` of groups of 64: everything is unpacked, then attended to."""
+    layer = kind(nbits=bits, q_group_size=64)
+    layer.update(keys, values)
+    stored = layer._quantized_keys, layer._quantized_values
+
+    def call():
+        k, v = (layer._dequantize(part).to(q.dtype) for part in stored)
+        return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
+
+    call.nbytes = storage_bytes(t for part in stored for t in stored_tensors(part))
+    return call
+
+
+def _in_8_bits(make, name, q, keys, values, scale):
+    return make(name, *(t.to(torch.float8_e4m3fn) for t in (q, keys, values)), scale)
 
 
 def _sdpa(backend: SDPBackend) -> Callable:
@@ -79,7 +108,7 @@ def _flash_attn(name, q, keys, values, scale):
 def _flashinfer(name, q, keys, values, scale):
     module = importlib.import_module(name)
     if q.shape[0] != 1:
-        raise ValueError("FlashInfer's single_decode_with_kv_cache takes one sequence")
+        raise ValueError("FlashInfer's single_decode_with_kv_cache takes one sequence; its paged one is not measured")
     k, v = keys[0].transpose(0, 1).contiguous(), values[0].transpose(0, 1).contiguous()
     return lambda: module.single_decode_with_kv_cache(q[0, :, 0], k, v, sm_scale=scale, use_tensor_cores=True)
 

@@ -2,8 +2,9 @@
 
 On a GPU times are medians of graph replays with the L2 cache flushed in between; what launching costs beside is told apart. On a
 CPU they are medians of calls in turn. The baseline of each shape is the fastest of torch's backends, compiled flex_attention,
-FlashAttention and FlashInfer where they can be imported, in bf16. GB/s count the bytes that are really read. Random numbers:
-nothing here is about quality.
+FlashAttention and FlashInfer where they can be imported, in bf16 and fp8. transformers' quantized caches, which unpack everything
+at each step, stand beside it where their backends are installed (quanto, hqq). GB/s count the bytes that are really read.
+Random numbers: nothing here is about quality.
 
     python benchmarks/decode_attention.py --device cuda          # H100: 4 shapes, batch 1 to 32, 2k to 128k
     python benchmarks/decode_attention.py                        # CPU: one shape, batch 1, 2k and 8k
@@ -16,7 +17,7 @@ import itertools
 import time
 
 import torch
-from attention_peers import dense_peers, unpacked
+from attention_peers import FP8, dense_peers, quantized_peers, unpacked
 from common import environment, save
 from rich.console import Console
 from rich.progress import track
@@ -66,11 +67,13 @@ def measure(
     q, keys, values = draw(batch, hq, 1, dim), draw(batch, hkv, length, dim), draw(batch, hkv, length, dim)
     scale, dense_bytes = dim**-0.5, 2 * keys.numel() * keys.element_size()
     calls, sizes, errors, refused = {}, {}, {}, {}
-    for name, make in dense_peers(device).items():
+    peers = dense_peers(device)
+    for name, make in (peers | quantized_peers()).items():
         try:
             calls[name] = make(q, keys, values, scale)
             calls[name]()
-            sizes[name] = dense_bytes
+            held = dense_bytes // (2 if name.endswith(FP8) else 1)
+            sizes[name] = held if name in peers else calls[name].nbytes + 2 * dense_bytes  # unpacked, and read again
         except Exception as reason:  # a backend that does not take this shape says so in many ways
             calls.pop(name, None)
             refused[name] = str(reason).splitlines()[0][:120] if str(reason) else type(reason).__name__
@@ -86,7 +89,7 @@ def measure(
             )
             sizes[f"{name}, unpacked first"] = sizes[name] + 2 * dense_bytes
     taken = timer.medians(calls)
-    dense = {name: taken[name].seconds for name in calls if name not in names and "unpacked" not in name}
+    dense = {name: taken[name].seconds for name in calls if name in peers}
     best = min(dense, key=lambda name: dense[name])
     return [
         dict(

@@ -1,7 +1,7 @@
 """Instructions per cached number of the kernels for packed attention, read off the machine code; no GPU is needed.
 
 A GPU that reads 2-bit codes at full bandwidth has time for few instructions: an H100 issues 128 of a thread's a clock on each of
-132 multiprocessors, and reads about 3 TB/s, so at 2.3 bits a number there is time for 2.7 instructions each (at 1.7 GHz).
+132 multiprocessors, and reads about 3 TB/s, so at 2.3 bits a number there is time for 2.8 instructions each (at 1.7 GHz).
 Loops inside are counted as often as they run; a call of a division counts as one, which flatters the general kernel.
 
     python benchmarks/instructions.py

@@ -61,6 +61,30 @@ class Compiled:
 
 
 @dataclass(frozen=True)
+class Usage:
+    """What a program of a compiled kernel takes.
+
+    Args:
+        registers: of a thread.
+        stack: bytes of a thread that are spilled.
+        shared: bytes of shared memory.
+        warps: of a program.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+
+
+def usage(compiled) -> Usage:
+    """Registers and memory of a compiled kernel."""
+    found = _cuobjdump(compiled, "-res-usage")
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", found).groups())  # type: ignore[union-attr]
+    return Usage(registers, stack, compiled.metadata.shared, compiled.metadata.num_warps)
+
+
+@dataclass(frozen=True)
 class Loop:
     """The longest loop of a kernel.
 
@@ -86,10 +110,7 @@ class Loop:
 
 def longest_loop(compiled) -> Loop:
     """What the machine code of a compiled kernel does most."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        code, usage = _cuobjdump("-sass", file.name), _cuobjdump("-res-usage", file.name)
+    code, taken = _cuobjdump(compiled, "-sass"), usage(compiled)
     lines = [(int(at, 16), text) for at, text in _INSTRUCTION.findall(code)]
     index = {at: i for i, (at, _) in enumerate(lines)}
     loops = []
@@ -99,19 +120,21 @@ def longest_loop(compiled) -> Loop:
             loops.append((index[int(target[1], 16)], i))
     first, last = max(loops, key=lambda loop: loop[1] - loop[0])
     kinds = Counter(re.sub(r"^@!?U?P\w+ ", "", text).split()[0].split(".")[0] for _, text in lines[first : last + 1])
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
     return Loop(
         instructions=last - first + 1,
         inner=tuple(b - a + 1 for a, b in loops if first < a and b < last),
         calls=kinds["CALL"],
         kinds=tuple(kinds.most_common(12)),
-        registers=registers,
-        stack=stack,
-        shared=compiled.metadata.shared,
-        threads=32 * compiled.metadata.num_warps,
+        registers=taken.registers,
+        stack=taken.stack,
+        shared=taken.shared,
+        threads=32 * taken.warps,
     )
 
 
-def _cuobjdump(what: str, path: str) -> str:
+def _cuobjdump(compiled, what: str) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run([str(tool), what, path], capture_output=True, text=True, check=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return subprocess.run([str(tool), what, file.name], capture_output=True, text=True, check=True).stdout

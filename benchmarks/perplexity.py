@@ -31,12 +31,12 @@ from unittest.mock import patch
 import torch
 import transformers
 from common import environment, save
+from hf_quantized import importable, stored_tensors
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import Cache, HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
-from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 import mmkv
 from mmkv._presets import PRESETS
@@ -137,18 +137,11 @@ class HFQuantized:
         packed, tail, old, new = 0, 0, 0, 0
         for layer in cache.layers:
             for stored, rest in ((layer._quantized_keys, layer.keys), (layer._quantized_values, layer.values)):
-                packed += storage_bytes(_tensors(stored))
+                packed += storage_bytes(stored_tensors(stored))
                 tail += storage_bytes([rest])
                 old += math.prod(stored[1]["shape"] if isinstance(stored, tuple) else stored.shape)
                 new += rest.numel()
         return dict(packed_bits=8 * packed / old, kv_bits=8 * (packed + tail) / (old + new), kv_bytes=packed + tail)
-
-
-def _tensors(stored) -> list[torch.Tensor]:
-    """The plain tensors inside what a backend made of one."""
-    if isinstance(stored, tuple):  # HQQ: codes, and a dictionary
-        return [stored[0]] + [t for t in stored[1].values() if isinstance(t, torch.Tensor)]
-    return [stored._data._data, stored._scale, stored._shift]  # quanto
 
 
 # keys by channel and values by token, as KIVI does, where a backend can; its defaults beside it
@@ -166,11 +159,10 @@ HF = {
 
 def quantized_by_others() -> dict[str, HFQuantized]:
     """Those of `HF` whose backend is installed; the others are named."""
-    there = {QuantoQuantizedLayer: is_optimum_quanto_available(), HQQQuantizedLayer: is_hqq_available()}
-    for layer, found in there.items():
-        if not found:
-            print(f"no rows of {layer.__name__}: pip install mmkv[bench] brings its backend")
-    return {name: method for name, method in HF.items() if there[method.layer]}
+    there = importable().values()
+    for layer in {method.layer: None for method in HF.values() if method.layer not in there}:
+        print(f"no rows of {layer.__name__}: pip install mmkv[bench] brings its backend")
+    return {name: method for name, method in HF.items() if method.layer in there}
 
 
 def load(name: str = "gemma3-270m", keep: str | None = None):

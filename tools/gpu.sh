@@ -76,7 +76,7 @@ step() {
             ;;
         kernels) bench kernels.py kernels smoke --tokens 256 --rounds 1 ;;
         attention)
-            bench decode_attention.py decode-attention --shapes 2 --rounds 20 --limit $((LIMIT - 150)) \
+            bench decode_attention.py decode-attention --rounds 20 --limit $((LIMIT - 150)) \
                 smoke --lengths 256 --presets kivi-2 --rounds 1
             ;;
         generate)

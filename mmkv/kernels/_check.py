@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # float6
 
 
 def check_float(**tensors: Tensor) -> None:
-    """Raises unless each tensor is floating point of a supported width."""
+    """Raises unless each is a tensor of floating-point numbers of a supported width."""
     for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} is a {type(t).__name__}; it has to be a tensor")
         allowed = FLOATS[:3] if t.is_cuda else FLOATS
         if t.dtype not in allowed:
             names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
@@ -52,13 +54,29 @@ def check_numbers(scale: float, softcap: float | None = None, window: int | None
         raise ValueError(f"scale is {scale}; it has to be finite")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap is {softcap}; it has to be above 0, or None for no cap")
+    if window is not None:
+        check_whole(window=window)
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; it has to be at least 1 token, or None for full attention")
 
 
+def check_whole(**numbers: int) -> None:
+    """Raises unless each is a whole number on the host."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} is {value!r}; it has to be a whole number")
+
+
+def check_choice(**options: bool | None) -> None:
+    """Raises unless each is True, False or None."""
+    for name, value in options.items():
+        if value is not None and not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; possible are True, False and None")
+
+
 def group_size(q_heads: int, kv_heads: int) -> int:
     """Query heads per KV head."""
-    if kv_heads < 1 or q_heads % kv_heads:
+    if q_heads < 1 or kv_heads < 1 or q_heads % kv_heads:
         raise ValueError(f"{q_heads} query heads do not divide over {kv_heads} KV heads")
     return q_heads // kv_heads
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._check import check_device, check_float, check_numbers, check_rank, group_size, wants_grad
+from ._check import (
+    check_choice,
+    check_device,
+    check_float,
+    check_numbers,
+    check_rank,
+    check_whole,
+    group_size,
+    wants_grad,
+)
 from ._sight import Sight, checked_positions, grouped_mask
 
 TILE_SCORES = {"cpu": 1 << 22, "cuda": 1 << 26}  # scores that exist at a time
@@ -53,6 +62,8 @@ def attend_dense(
     check_rank(4, q=q, k=k, v=v)
     check_device(q.device, k=k, v=v)
     check_numbers(scale, softcap, window)
+    check_choice(exact=exact)
+    check_whole(k_start=k_start)
     b, hq, tq, d = q.shape
     _, hkv, t, _ = v.shape
     if k.shape != (b, hkv, t, d):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._check import check_device, check_float, check_numbers, group_size
+from ._check import check_choice, check_device, check_float, check_numbers, check_rank, group_size
 from ._sight import checked_positions
 from .blocks import Blocks
 from .digits import decode_digits, deinterleave, interleave
@@ -49,7 +49,7 @@ def attend_packed(
     Args:
         q: [B, Hq, Tq, D], channels in the keys' stored order and basis.
         keys: pool of [NB, group, D]; values: pool of [NB, group, Dv].
-        table: rows R = B * Hkv; query head i uses KV head i // (Hq // Hkv).
+        table: rows R = B * Hkv; query head i uses KV head i // (Hq // Hkv). What it holds is looked at on a CPU alone.
         scale: factor on q.k.
         softcap: scores become `softcap * tanh(score / softcap)`.
         q_positions: int [B, Tq] or [Tq], logical positions; needed for causal and window.
@@ -63,6 +63,7 @@ def attend_packed(
         sees no key gives (0, -inf). Not merged, out [S, B, Hq, Tq, Dv] and lse [S, B, Hq, Tq].
     """
     check_numbers(scale, softcap, window)
+    check_choice(exact=exact)
     q_positions = _check(q, keys, values, table, q_positions, causal, window)
     options = {"scale": scale, "softcap": softcap, "q_positions": q_positions, "causal": causal, "window": window}
     with torch.no_grad():
@@ -84,6 +85,7 @@ def _attend(q, keys, values, table, exact, merged, options) -> tuple[Tensor, Ten
 def _check(q, keys, values, table, q_positions, causal, window) -> Tensor | None:
     """Raises on what does not fit; returns the positions as int [B, Tq]."""
     check_float(q=q)
+    check_rank(4, q=q)
     pools = {f"keys[{i}]": t for i, t in enumerate(keys.tensors())}
     pools |= {f"values[{i}]": t for i, t in enumerate(values.tensors())}
     check_device(q.device, **pools, **{f"table[{i}]": t for i, t in enumerate(table.tensors())})
@@ -94,9 +96,15 @@ def _check(q, keys, values, table, q_positions, causal, window) -> Tensor | None
         raise ValueError(
             f"keys are {len(keys)} blocks of {keys.spec.group} tokens, values {len(values)} of {values.spec.group}"
         )
-    if b and table.rows % b:
+    if table.rows % b if b else table.rows:
         raise ValueError(f"{table.rows} table rows do not divide over a batch of {b}")
     group_size(hq, table.rows // b if b else 1)
+    if not q.is_cuda and table.count.numel():  # where nobody has to wait for the answer
+        most, ids = int(table.count.max()), table.block[table.count > 0]
+        if most > keys.spec.group:
+            raise ValueError(f"the table counts {most} tokens in a block of {keys.spec.group}")
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(keys):
+            raise ValueError(f"the table names blocks {int(ids.min())} ... {int(ids.max())}, there are {len(keys)}")
     return checked_positions(q, q_positions, causal, window)
 
 

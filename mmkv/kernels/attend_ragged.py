@@ -7,7 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._check import check_device, check_float, check_numbers, check_rank, group_size, wants_grad
+from ._check import (
+    check_choice,
+    check_device,
+    check_float,
+    check_numbers,
+    check_rank,
+    check_whole,
+    group_size,
+    wants_grad,
+)
 from ._sight import Sight, checked_positions
 from .attend_dense import attend_dense_reference
 
@@ -60,6 +69,9 @@ def attend_ragged(
     check_rank(2, k=k, v=v)
     check_device(q.device, k=k, v=v)
     check_numbers(scale, softcap, window)
+    check_choice(exact=exact)
+    if longest is not None:
+        check_whole(longest=longest)
     if k.shape[0] != v.shape[0] or k.shape[1] != q.shape[-1]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
     if counts is None:

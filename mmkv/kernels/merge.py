@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._check import check_device, check_float, check_rank, wants_grad
+from ._check import FLOATS, check_device, check_float, check_rank, wants_grad
 
 
 def merge(
@@ -30,6 +30,8 @@ def merge(
     """
     if not parts:
         raise ValueError("merge needs at least one part")
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype {dtype}: possible are {', '.join(str(d) for d in FLOATS)}")
     _check(parts, sinks)
     first = parts[0][0]
     if first.is_cuda and not wants_grad(*(t for part in parts for t in part), sinks):

@@ -28,6 +28,9 @@ FP16_MAX = 65504.0
 def pack_blocks(x: Tensor, count: Tensor, spec: Spec) -> Blocks:
     """Packs N blocks.
 
+    NaN enters no statistic and is stored as its group's zero point, an infinity as the largest finite number of its group: one
+    overflow does not take a whole group with it. Nothing is said about either.
+
     Args:
         x: [N, group, C], floating point, channels already permuted or rotated.
         count: int [N], valid tokens of each block; the rest is padding of any content.

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ._check import check_device, check_float, check_integer, check_numbers, check_rank, group_size, wants_grad
+from ._check import (
+    check_choice,
+    check_device,
+    check_float,
+    check_integer,
+    check_numbers,
+    check_rank,
+    group_size,
+    wants_grad,
+)
 from .attend_dense import attend_dense
 from .merge import merge_sinks
 
@@ -43,6 +52,7 @@ def prefill_sparse(
         [Hq, T, Dv] in q's dtype, 0 for tokens that were not chosen.
     """
     _check(q, k, v, index, scale, softcap, sinks)
+    check_choice(gather=gather)
     if q.is_cuda and not wants_grad(q, k, v, sinks):
         if gather is None:
             gather = len(index) >= WORTH_A_COPY and softcap is None and sinks is None and has_flash(q, k, v)

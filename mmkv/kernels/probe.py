@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._check import check_device, check_float, check_integer, check_numbers, check_rank, group_size
+from ._check import check_device, check_float, check_integer, check_numbers, check_rank, check_whole, group_size
 
 TILE_SCORES = 1 << 22  # scores that exist at a time
 TILE_KEYS = 4096  # keys that are converted to fp32 at a time, per KV head
@@ -55,6 +55,7 @@ def probe(
         k_start: logical position of the first key; the others follow it one by one.
     """
     check_numbers(scale, softcap, window)
+    check_whole(k_start=k_start)
     mask, positions = _check(q, k, mask, positions, causal, window)
     options = {"scale": scale, "mask": mask, "softcap": softcap, "positions": positions, "causal": causal}
     options |= {"window": window, "k_start": k_start}

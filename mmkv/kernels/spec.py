@@ -93,6 +93,8 @@ class Spec:
     scale_bits: Literal[8, 16] = 16
 
     def __post_init__(self):
+        if self.axis not in ("channel", "token"):
+            raise ValueError(f"axis {self.axis!r}: possible are 'channel', 'token'")
         if self.axis == "token":
             if len(self.classes) != 1:
                 raise ValueError(f"a per-token format has one class of channels, not {len(self.classes)}")

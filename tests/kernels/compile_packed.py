@@ -80,4 +80,3 @@ def run() -> None:
         assert len(shared) == len(kernel.variants) > 0, f"{name} was not compiled"
         assert max(shared) <= 99 * 1024, f"{name} needs {max(shared)} bytes of shared memory"
         print(f"{name}: {len(shared)} variants, shared <= {max(shared)} bytes")
-

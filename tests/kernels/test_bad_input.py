@@ -446,3 +446,39 @@ def test_counts_beyond_a_block_are_clamped():
     odd = pack_blocks(**given | dict(count=torch.tensor([99, 7, -4])))
     for a, b in zip(odd.tensors(), pack_blocks(**given).tensors(), strict=True):
         assert torch.equal(a, b)
+
+
+WRONG = [
+    (lambda: attend_packed(torch.randn(4, 1, 16), *PACKED, scale=1.0), ValueError, "q has 3 dimensions"),
+    (lambda: attend_packed(torch.randn(1, 0, 1, 16), *PACKED, scale=1.0), ValueError, "0 query heads"),
+    (lambda: attend_packed(torch.randn(0, 4, 1, 16), *PACKED, scale=1.0), ValueError, "not divide over a batch of 0"),
+    (lambda: attend_packed(Q, *PACKED[:2], table(count=33), scale=1.0), ValueError, "counts 33 tokens in a block of 32"),
+    (lambda: attend_packed(Q, *PACKED[:2], table(block=9), scale=1.0), ValueError, "names blocks 0 ... 9, there are 2"),
+    (lambda: attend_packed(Q, *PACKED, scale=1.0, exact="x"), TypeError, "exact is 'x'; possible are True, False and None"),
+    (lambda: attend_packed([1.0], *PACKED, scale=1.0), TypeError, "q is a list; it has to be a tensor"),
+    (lambda: attend_dense(Q, K, K, scale=1.0, window=2.5, causal=True), TypeError, "window is 2.5; it has to be a whole number"),
+    (lambda: attend_dense(Q, K, K, scale=1.0, window=True), TypeError, "window is True"),
+    (lambda: attend_dense(Q, K, K, scale=1.0, k_start=torch.tensor(3)), TypeError, "k_start is tensor"),
+    (lambda: probe(Q, K, scale=1.0, k_start=0.5), TypeError, "k_start is 0.5"),
+    (lambda: prefill_sparse(K[0], K[0], K[0], torch.tensor([0]), scale=1.0, gather="x"), TypeError, "gather is 'x'"),
+    (lambda: merge([(Q, Q[..., 0])], dtype=torch.int32), TypeError, "dtype torch.int32"),
+    (lambda: Spec("row", 32, ((16, minmax(2)),)), ValueError, "axis 'row': possible are 'channel', 'token'"),
+]  # fmt: skip
+Q, K = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 5, 16)
+FORM = Spec("channel", 32, ((16, minmax(2)),))
+POOL = pack_blocks(torch.randn(2, 32, 16), torch.tensor([32, 32]), FORM)
+
+
+def table(count=32, block=1):
+    """Two rows of one block each."""
+    return Table(*(torch.tensor([[a], [b]], dtype=torch.int32) for a, b in ((0, block), (32, count), (0, 0))))
+
+
+PACKED = (POOL, POOL, table())
+
+
+@pytest.mark.parametrize(("call", "kind", "says"), WRONG, ids=[says for _, _, says in WRONG])
+def test_said_in_words_of_ones_own(call, kind, says):
+    with pytest.raises(kind) as caught:
+        call()
+    assert says in str(caught.value) and "\n" not in str(caught.value)

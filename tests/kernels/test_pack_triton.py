@@ -1,6 +1,5 @@
 """The Triton twin against the reference: on a GPU where there is one, else in Triton's interpreter."""
 
-
 import pytest
 import torch
 
