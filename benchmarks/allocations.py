@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own remarks, an error for want of a GPU among them
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def show(rows: list[dict], copy: float) -> None:
         table.add_row(
             f"{row['query_heads']}/{row['kv_heads']}x{row['head_size']}", str(row["batch"]), f"{row['length']:,}",
             row["name"] + mark, f"{row['us']:,.0f}", f"{row['launch_us']:,.0f}", f"{row['times_baseline']:.2f}",
-            f"{row['gb_per_s']:,.0f}", f"{row['share_of_copy']:.0%}", "" if row["error"] is None else f"{row['error']:.1e}",
+            f"{row['gb_per_s']:,.1f}", f"{row['share_of_copy']:.1%}", "" if row["error"] is None else f"{row['error']:.1e}",
         )  # fmt: skip
     console = Console()
     console = console if console.is_terminal else Console(width=120)  # wide enough for the table
