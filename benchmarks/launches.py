@@ -1,7 +1,7 @@
 """What the attention of one decoded token launches in a layer on a GPU, counted without one.
 
-The cache is filled by the torch references. Then each layer's attention of a decoded token is called once more as if its tensors lay
-on an H100, with Triton's launches caught and torch's operators counted; those that only make views, or memory, launch nothing.
+The torch references fill the cache. Then each layer's attention of a decoded token is called once more as if its tensors lay on
+an H100, with Triton's launches caught and torch's operators counted; those that only make views, or reserve memory, do not count.
 Appending the token to the tail is not counted, nor is what the first layer makes for all (positions, a mask).
 
     python benchmarks/launches.py
@@ -34,7 +34,7 @@ KERNELS = (
 )
 SHAPE = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 VISION = 512  # tokens of the prompt, which has 66 of text besides
-MAKE_NOTHING = {"aten::_unsafe_view", "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
+RUN_NOTHING = {"aten::_unsafe_view", "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
 
 
 class Launches(TorchDispatchMode):
@@ -46,7 +46,7 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         name = operator._schema.name
-        if not operator.is_view and name not in MAKE_NOTHING:
+        if not operator.is_view and name not in RUN_NOTHING:
             self.found[name] += 1
         return operator(*args, **(kwargs or {}))
 
@@ -67,8 +67,8 @@ def launched(call, *args, **kwargs) -> dict[str, int]:
     with contextlib.ExitStack() as stack:
         for module, name in KERNELS:
             stack.enter_context(mock.patch.object(module, name, Caught(name, counting.found)))
-        stack.enter_context(mock.patch.object(_splits, "multiprocessors", lambda device: 132))
-        stack.enter_context(mock.patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()))
+        stack.enter_context(mock.patch.object(_splits, "multiprocessors", return_value=132))
+        stack.enter_context(mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()))
         stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", property(lambda tensor: True)))
         stack.enter_context(counting)
         call(*args, **kwargs)

@@ -56,14 +56,14 @@ CLASSES = ((16, gaussian(2)), (16, minmax(4)), (48, lloyd(1)), (32, mean_only())
 
 
 class Case(NamedTuple):
-    """A kernel as something calls it.
+    """A kernel and a call that launches it.
 
     Args:
         group: which of the tables it belongs to.
         module: where the kernel is.
         kernel: its name there.
         case: in words.
-        call: what launches it, and perhaps others.
+        call: what launches it, once, and perhaps others.
     """
 
     group: str
@@ -94,9 +94,8 @@ def means(total: bool) -> Callable:
 
 def rotation(interleaved: bool) -> Callable:
     x, table = torch.zeros(1, 28, 2700, 128, dtype=BF16), torch.zeros(2700, 64)
-    return lambda: rotate_triton.rotate_triton(
-        x, table, table, interleaved=interleaved, inverse=False, inplace=True
-    )  # fmt: skip
+    rules = dict(interleaved=interleaved, inverse=False, inplace=True)
+    return lambda: rotate_triton.rotate_triton(x, table, table, **rules)
 
 
 def dense(dtype: torch.dtype, channels: int, tokens: int, sight: Sight) -> Callable:
@@ -167,6 +166,7 @@ def cases() -> list[Case]:
         (probe_triton, "_softmax_sums", "28/4 heads of 128, bf16, no mask", probing(BF16, 128, False)),
         (probe_triton, "_mass", "the same", probing(BF16, 128, False)),
         (probe_triton, "_mass", "fp16, heads of 80, causal, window, mask", probing(FP16, 80, True)),
+        (probe_triton, "_mass", "fp32, heads of 256, causal, window, mask", probing(FP32, 256, True)),
         (prefill_sparse_triton, "_attend", "heads of 128, bf16", sparse(BF16, 128)),
         (prefill_sparse_triton, "_attend", "heads of 256, fp16", sparse(FP16, 256)),
         (pack_triton, "_pack", "min-max, 2 bits, by channel", packing(by_channel)),
@@ -196,26 +196,28 @@ def compiled(case: Case):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capabilities", nargs="+", type=int, default=list(CAPABILITIES))
-    parser.add_argument("--groups", nargs="+", default=["tokens", "attention", "masses"])
+    parser.add_argument(
+        "--groups", nargs="+", default=list(dict.fromkeys(case.group for case in cases())), help="of docs/kernels.md"
+    )
     parser.add_argument("--out", default="benchmarks/results/registers.json")
     options = parser.parse_args()
     for module in (_splits, most_similar_triton, probe_triton, rotate_triton):
         module.multiprocessors = lambda device: 132
     chosen = [case for case in cases() if case.group in options.groups]
-    taken: dict[str, list[dict]] = {case.case + case.kernel: [] for case in chosen}
+    taken: list[list[dict]] = [[] for _ in chosen]
     for capability in options.capabilities:
         compile_for(capability)
-        for case in chosen:
-            taken[case.case + case.kernel].append(dict(capability=capability, **vars(usage(compiled(case)))))
+        for case, found in zip(chosen, taken):
+            found.append(dict(capability=capability, **vars(usage(compiled(case)))))
     table = Table(title=f"kernels, {', '.join(f'sm_{capability}' for capability in options.capabilities)}")
     for name in ("kernel", "case", "registers", "spilled", "shared", "warps"):
         table.add_column(name, justify="left" if name in ("kernel", "case") else "right")
     rows = []
-    for case in chosen:
-        found = taken[case.case + case.kernel]
+    for case, found in zip(chosen, taken):
         module = case.module.__name__.rsplit(".", 1)[-1].removesuffix("_triton")
         rows.append(dict(group=case.group, module=module, kernel=case.kernel, case=case.case, compiled=found))
-        columns = (", ".join(str(one[name]) for one in found) for name in ("registers", "stack", "shared", "warps"))
+        columns = [", ".join(str(one[name]) for one in found) for name in ("registers", "stack")]
+        columns += [str(max(one[name] for one in found)) for name in ("shared", "warps")]
         table.add_row(case.kernel, case.case, *columns)
     Console().print(table)
     save(options.out, dict(environment=environment(), triton=triton.__version__, rows=rows))

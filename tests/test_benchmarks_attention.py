@@ -41,14 +41,42 @@ def test_unpacked_is_what_was_packed():
     assert float((v - values).abs().max()) < 0.3
 
 
+def written(folder: Path, script: str, *options: str) -> list[dict]:
+    """Rows that a benchmark writes, run in a process of its own, where nothing is interpreted."""
+    out = folder / f"{script}.json"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # set by the kernels' tests
+    command = [sys.executable, str(FOLDER / f"{script}.py"), *options, "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True, env=env)
+    return json.loads(out.read_text())["rows"]
+
+
 @pytest.mark.slow
 def test_few_instructions_a_number(tmp_path):
     pytest.importorskip("triton")
-    out = tmp_path / "instructions.json"
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # set by the kernels' tests
-    command = [sys.executable, str(FOLDER / "instructions.py"), "--presets", "kivi-2", "--out", str(out)]
-    subprocess.run(command, check=True, capture_output=True, env=env)
-    rows = json.loads(out.read_text())["rows"]
+    rows = written(tmp_path, "instructions", "--presets", "kivi-2")
     taken = {(row["format"], row["kernel"]): row["per_number"] for row in rows}
     assert taken["kivi-2", "planes"] < 4 < 12 < taken["kivi-2", "general"]
     assert not any(row["stack"] for row in rows if row["kernel"] == "planes")
+
+
+@pytest.mark.slow
+def test_few_launches_a_layer(tmp_path):
+    pytest.importorskip("triton")
+    rows = written(tmp_path, "launches", "--presets", "kivi-2", "vidkv", "waterfill")
+    found = {row["preset"]: row for row in rows}
+    for name, most in (("kivi-2", 3), ("vidkv", 10), ("waterfill", 8)):
+        assert found[name]["total"] <= most, found[name]
+        assert found[name]["triton"] == found[name]["segments"] + 2, "one each, one for the tail, one to merge"
+        assert found[name]["triton"] + found[name]["torch"] == found[name]["total"]
+
+
+@pytest.mark.slow
+def test_registers_suffice(tmp_path):
+    pytest.importorskip("triton")
+    rows = written(tmp_path, "registers", "--capabilities", "89", "--groups", "tokens")
+    assert {row["kernel"] for row in rows} == {"_most_similar", "_mean", "_total", "_rotate"}
+    for row in rows:
+        (found,) = row["compiled"]
+        assert 0 < found["registers"] <= 255
+        assert found["stack"] <= 64, row
+        assert found["shared"] <= 99 * 1024, row

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
-from speed_tables import kernels, speed, speed_of_all, versions
+from speed_tables import kernels, launches, registers, speed, speed_of_all, versions
 
 import mmkv
 from mmkv._presets import PRESETS
@@ -359,6 +360,10 @@ PAGES = {
     "docs/tokens.md": {"figures:tokens": tokens, "figures:token-speed": token_speed},
     "docs/kernels.md": {
         "figures:instructions": instructions,
+        "figures:registers-tokens": partial(registers, "tokens"),
+        "figures:launches": launches,
+        "figures:registers-attention": partial(registers, "attention"),
+        "figures:registers-masses": partial(registers, "masses"),
         "figures:attention-cpu": attention_cpu,
         "figures:speed-of-all": speed_of_all,
         "figures:kernels": kernels,

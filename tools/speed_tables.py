@@ -1,4 +1,4 @@
-"""Tables of how fast and how large: whole models and single kernels, for tools/readme.py."""
+"""Tables of how fast and how large: whole models, single kernels, and their machine code, for tools/readme.py."""
 
 from __future__ import annotations
 
@@ -107,3 +107,38 @@ def kernels() -> str:
             "",
         ]
     return "\n".join(lines).rstrip() or "`python benchmarks/kernels.py` measures it."
+
+
+def launches() -> str:
+    """The table of benchmarks/results/launches.json."""
+    result = json.loads((ROOT / "benchmarks/results/launches.json").read_text())
+    lines = [
+        "| preset | parts of the cache | Triton's launches | torch's | together | torch's operators |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        others = {name.removeprefix("aten::"): n for name, n in row["by_name"].items() if name.startswith("aten::")}
+        told = ", ".join(f"{n} `{name}`" for name, n in sorted(others.items())) or "-"
+        cells = (row["preset"], row["segments"] + 1, row["triton"], row["torch"], row["total"], told)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join([*lines, "", versions(result)])
+
+
+def registers(group: str) -> str:
+    """A table of benchmarks/results/registers.json."""
+    result = json.loads((ROOT / "benchmarks/results/registers.json").read_text())
+    rows = [row for row in result["rows"] if row["group"] == group]
+    targets = ", ".join(f"sm_{one['capability']}" for one in rows[0]["compiled"])
+    lines = [
+        f"| kernel | case | registers {targets} | spilled, bytes a thread | shared memory, at most | warps |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        found = row["compiled"]
+        kernel = f"{row['module']}.{row['kernel']}" if row["kernel"] == "_attend" else row["kernel"]
+        taken, spilled = (", ".join(str(one[name]) for one in found) for name in ("registers", "stack"))
+        shared = max(one["shared"] for one in found)
+        size = f"{-(-shared // 1024)} KiB" if shared >= 1024 else f"{shared} B"
+        lines.append(f"| `{kernel}` | {row['case']} | {taken} | {spilled} | {size} | {found[0]['warps']} |")
+    e = result["environment"]
+    return "\n".join([*lines, "", f"Triton {result['triton']}, torch {e['torch']}, commit {e['commit']}."])
