@@ -139,7 +139,10 @@ def test_hack_falls_to_its_budget(painter, text, dense, compression):
 def test_budgets_that_leave_nothing(painter, text):
     """HACK's structural heads keep 5 tokens of the first two scales, whatever the budget."""
     for method, said in (
-        (HACK(HEADS, compression=0.99, contextual_share=0.001), "structural heads always keep the first 2 scales, 5 tokens"),
+        (
+            HACK(HEADS, compression=0.99, contextual_share=0.001),
+            "structural heads always keep the first 2 scales, 5 tokens",
+        ),
         (SnapKV(budget=0.001), "is not one token"),
         (H2O(budget=0.001), "is not one token"),
     ):
