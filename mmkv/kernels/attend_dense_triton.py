@@ -17,7 +17,7 @@ from torch import Tensor
 from ._sight import Sight
 from ._splits import split_count
 from .merge_triton import merge_triton
-from .triton_scores import LOG2E, in_powers_of_two
+from .triton_scores import LOG2E, in_powers_of_two, product_type
 
 MAX_CHANNELS = 512
 STRIDES = ["s_mb", "s_mh", "s_mg", "s_mq", "s_wb", "s_wh", "s_wt", "s_pb", "s_pt"]
@@ -203,7 +203,8 @@ def launch(
             *((q, 0, 0) if qpos is None else (qpos, *qpos.stride())), part, lse, scale, sight.softcap or 1.0,
             0 if isinstance(at, Tensor) else at, sight.window or 0, longest, tq, b * heads, heads, per_split, g, d, dv,
             rows is not None, masked, weight is not None, sight.softcap is not None, sight.causal,
-            sight.window is not None, places, size.rows, size.keys, bd, bv, _product(q, wide),
+            sight.window is not None, places, size.rows, size.keys, bd, bv,
+            tl.float32 if wide else product_type(q, k, v),
             "ieee" if exact or not wide else "tf32", num_warps=size.warps, num_stages=size.stages,
         )  # fmt: skip
     if not merged:
@@ -221,13 +222,6 @@ def _as_bytes(mask: Tensor | None) -> tuple[tuple | None, str]:
         return None, "none"
     shared = all(size == 1 or stride == 0 for size, stride in zip(mask.shape[2:4], mask.stride()[2:4]))
     return (mask.view(torch.uint8), *mask.stride()), "keys" if shared else "all"
-
-
-def _product(q: Tensor, wide: bool) -> tl.dtype:
-    """What products are of; Triton's interpreter takes bf16 ones for products of whole numbers."""
-    if wide or triton.knobs.runtime.interpret:
-        return tl.float32
-    return tl.float16 if q.dtype == torch.float16 else tl.bfloat16
 
 
 def attend_dense_triton(

@@ -69,7 +69,8 @@ def most_similar_triton(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     best = torch.empty(batch, n, dtype=torch.int64, device=a.device)
     bn, bm, bd = tile_sizes(batch, n, m, d, a.element_size(), multiprocessors(a.device))
     tiles = triton.cdiv(n, bn)
-    widen = a.dtype == torch.bfloat16 and not a.is_cuda  # Triton's interpreter takes bf16 products for whole numbers
+    # Triton's interpreter takes bf16 products for whole numbers
+    widen = a.dtype == torch.bfloat16 and triton.knobs.runtime.interpret
     _most_similar[(batch * tiles,)](
         a, b, score, best, *a.stride(), *b.stride(), n, m, d, tiles, bn, bm, bd, widen, num_warps=4, num_stages=3
     )

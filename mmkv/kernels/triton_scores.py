@@ -50,11 +50,13 @@ def seen(m_s, o_r, o_t, b_after, b_until, p_mask, s_mt, CAUSAL: tl.constexpr, WI
 def product_type(*tensors: torch.Tensor) -> tl.dtype:
     """The type in which products are taken: the tensors' own where they share one of 16 bits, else fp32.
 
-    Both are exact, sums being fp32. Triton's interpreter, on the CPU, multiplies bf16 numbers as if they were integers.
+    Both are exact, sums being fp32. Triton's interpreter multiplies bf16 numbers as if they were integers.
     """
     names = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     dtypes = {t.dtype for t in tensors}
-    return names.get(dtypes.pop(), tl.float32) if len(dtypes) == 1 and tensors[0].is_cuda else tl.float32
+    if len(dtypes) > 1 or triton.knobs.runtime.interpret:
+        return tl.float32
+    return names.get(dtypes.pop(), tl.float32)
 
 
 def architecture() -> int:
